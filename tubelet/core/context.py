@@ -1,0 +1,135 @@
+"""What a recipe may look at when it decides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tubelet.core.assignment import TokenAssignment
+from tubelet.core.grid import TokenGrid
+
+SiteKind = Literal["input", "joint", "temporal", "spatial"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place in a host model where a plan can act.
+
+    Args:
+        name: Path of the module, as in `named_modules()`.
+        layer: Transformer layer, 0-based; -1 for the embeddings.
+        num_layers: Layers of the stack it belongs to.
+        kind: "input" (embedded tokens, before layer 0), "joint" (attention over all tokens),
+            "temporal" or "spatial" (the two halves of divided attention). Token plans act
+            between a layer's attention and its MLP.
+    """
+
+    name: str
+    layer: int
+    num_layers: int
+    kind: SiteKind
+
+
+class AttentionStatistics(Protocol):
+    """Facts about the attention call just made, computed on demand in O(N) memory.
+
+    G is batch times independent groups, H query heads, N tokens, D head width.
+    """
+
+    def keys(self) -> Float[Tensor, "g n d"]:
+        """Keys averaged over heads, float32."""
+        ...
+
+    def rows(self, queries: Sequence[int]) -> Float[Tensor, "g h q n"]:
+        """Softmax rows of a few query positions."""
+        ...
+
+    def value_norm(self) -> Float[Tensor, "g h n"]:
+        """Euclidean norm of each value vector."""
+        ...
+
+    def received(self, weight: Float[Tensor, "g n"] | None = None) -> Float[Tensor, "g n"]:
+        """Attention each key receives, summed over weighted queries, averaged over heads."""
+        ...
+
+    def entropy(self) -> Float[Tensor, "g n"]:
+        """Entropy of each query's softmax in nats, averaged over heads."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenContext:
+    """The tokens at one site.
+
+    Args:
+        site: Where.
+        grid: Geometry of the *original* token sequence.
+        hidden: [G, N, C] tokens as they are now. G is the batch at joint sites; at a temporal
+            site tokens are frames and G = batch x places, at a spatial site G = batch x frames.
+        size: [G, N] float32, originals each token stands for.
+        anchor: [G, N] int64, original position of each token at joint and input sites; the
+            position on the remaining axis at temporal and spatial sites.
+        protected: Leading tokens (class tokens) that must stay.
+        shared: Consecutive groups that must get one common decision.
+        stats: Attention statistics of the call that produced `hidden`; None at input sites.
+        pixels: [B, T, 3, H, W] float clip as the host model received it; input sites only.
+    """
+
+    site: Site
+    grid: TokenGrid
+    hidden: Float[Tensor, "g n c"]
+    size: Float[Tensor, "g n"]
+    anchor: Tensor
+    protected: int = 0
+    shared: int = 1
+    stats: AttentionStatistics | None = None
+    pixels: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens now, protected ones included."""
+        return self.hidden.shape[1]
+
+    def statistics(self) -> AttentionStatistics:
+        """`stats`, or an error that names the misuse."""
+        if self.stats is None:
+            raise RuntimeError(f"no attention statistics at {self.site.kind} site {self.site.name}")
+        return self.stats
+
+    def identity(self) -> TokenAssignment:
+        """The plan that changes nothing."""
+        return TokenAssignment.identity(*self.hidden.shape[:2], device=self.hidden.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionContext:
+    """One attention call.
+
+    Args:
+        site: Where.
+        grid: Geometry of the original token sequence.
+        query: [B, H, N, D] queries.
+        key: [B, Hkv, N, D] keys.
+    """
+
+    site: Site
+    grid: TokenGrid
+    query: Float[Tensor, "b h n d"]
+    key: Float[Tensor, "b g m d"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """One denoising step.
+
+    Args:
+        step: Index of the step, 0-based.
+        num_steps: Steps of the run.
+        branch: Guidance branch, such as "cond" or "uncond".
+    """
+
+    step: int
+    num_steps: int
+    branch: str = "cond"

@@ -1,0 +1,113 @@
+"""Putting recipes on a model and taking them off again."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from tubelet.core.assignment import TokenAssignment
+from tubelet.core.context import Site
+from tubelet.core.errors import NoEffectWarning
+from tubelet.core.recipe import Recipe
+from tubelet.core.report import Report
+
+CAPABILITIES = {
+    "any subset": "attention that takes any subset of the tokens",
+    "grid": "tokens on a regular frames x height x width grid",
+    "pixels": "the input pixels",
+    "class token": "a class token",
+    "divided": "divided space-time attention",
+    "attention": "an attention call that can be replaced",
+}
+"""What a recipe may require of a host, in words."""
+
+
+class ModelAdapter(Protocol):
+    """Facts about one family of host models, and how to act there.
+
+    Adapters are stateless: all methods take the model. Every class of a family that tubelet
+    knows is named in `classes`, so no host library is imported to find out.
+    """
+
+    family: str
+    classes: tuple[str, ...]
+
+    def lacks(self, model: Any) -> dict[str, str]:
+        """Capabilities that this very model does not offer, each with the reason."""
+        ...
+
+    def sites(self, model: Any) -> list[Site]:
+        """Every place where a plan can act."""
+        ...
+
+    def install(self, model: Any, recipes: Sequence[Recipe], handle: "Handle") -> None:
+        """Hook the recipes in; each change registers its own undo on `handle`."""
+        ...
+
+
+class Handle:
+    """A model with recipes on it. Also a context manager that removes them at the end.
+
+    Example:
+        >>> with accelerate(model, ToMe(r=64)) as handle:
+        ...     output = model(**inputs)
+        >>> print(handle.report())
+    """
+
+    def __init__(self, model: Any, recipes: Sequence[Recipe]) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._report = Report(type(model).__name__, tuple(str(recipe) for recipe in recipes))
+        self._recipes = tuple(recipes)
+        self._assignment: list[TokenAssignment] | None = None
+
+    def on_remove(self, undo: Callable[[], None]) -> None:
+        """Register how to take one change back; undone last in, first out."""
+        self._undo.append(undo)
+
+    def report(self) -> Report:
+        """What fired where, since `accelerate`."""
+        return self._report
+
+    def record_assignment(self, assignment: list[TokenAssignment]) -> None:
+        """Keep where the tokens of the latest run went (called by adapters)."""
+        self._assignment = assignment
+
+    @property
+    def assignment(self) -> list[TokenAssignment] | None:
+        """Where the original tokens of the latest run ended, in raster order.
+
+        One entry for the whole batch, or one per sample when their counts differ. None before
+        the first run or when no recipe reduces tokens.
+        """
+        return self._assignment
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was. Calling it twice is harmless."""
+        failed: list[Exception] = []
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+        if exc[0] is None:
+            self.warn_without_effect()
+
+    def warn_without_effect(self) -> None:
+        """Emit NoEffectWarning for each recipe that ran and never changed anything."""
+        if not self._report.calls:
+            return
+        for recipe in self._recipes:
+            if not self._report.acted(str(recipe)):
+                warnings.warn(
+                    f"{recipe} ran {self._report.calls} times on {self._report.model} and never "
+                    "changed anything; see handle.report()",
+                    NoEffectWarning,
+                    stacklevel=3,
+                )

@@ -1,0 +1,227 @@
+"""Recipes: published methods as frozen dataclasses that return plans.
+
+    Recipe
+    ├── TokenReduction         TokenContext -> TokenAssignment
+    ├── SparseAttention        AttentionContext -> AttentionPlan
+    ├── AttentionQuantization  precision of the attention product
+    ├── StepCache              StepContext -> Action
+    └── KVPolicy               what a key-value cache keeps
+
+A concrete recipe carries its citation and its identity point as class attributes and its
+parameters as fields made with `param`, which hold their own ranges.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, ClassVar
+
+from tubelet.core.assignment import TokenAssignment
+from tubelet.core.context import AttentionContext, Site, StepContext, TokenContext
+from tubelet.core.errors import RecipeError
+from tubelet.core.plan import AttentionPlan
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A citation."""
+
+    title: str
+    arxiv: str | None = None
+    venue: str | None = None
+    year: int | None = None
+
+    @property
+    def url(self) -> str | None:
+        """Address of the preprint."""
+        return None if self.arxiv is None else f"https://arxiv.org/abs/{self.arxiv}"
+
+    def __str__(self) -> str:
+        where = " ".join(str(part) for part in (self.venue, self.year) if part)
+        return f"{self.title} ({where})" if where else self.title
+
+
+class Action(Enum):
+    """What to do at one denoising step."""
+
+    COMPUTE = auto()
+    REUSE = auto()
+    FORECAST = auto()
+    SKIP = auto()
+
+
+def param(
+    default: Any,
+    doc: str,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A recipe field with its meaning and range; numbers inside tuples are checked one by one.
+
+    Args:
+        default: The authors' default.
+        doc: Meaning and unit, in one line; shown by the command line and the docs.
+        above, least: Exclusive and inclusive lower bound.
+        below, most: Exclusive and inclusive upper bound.
+    """
+    bounds = {">": above, ">=": least, "<": below, "<=": most}
+    bounds = {sign: bound for sign, bound in bounds.items() if bound is not None}
+    return dataclasses.field(default=default, metadata={"doc": doc, "bounds": bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """A published method: its parameters, and the one decision it takes."""
+
+    paper: ClassVar[Paper | None] = None
+    identity: ClassVar[dict[str, Any]] = {}
+    """Fields at which the result equals the dense model."""
+    verified: ClassVar[str] = "behaviour"
+    """What it was compared with: "behaviour", "authors' code" or "paper number"."""
+    stage: ClassVar[str] = ""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """What the host must offer; see `tubelet.core.handle.CAPABILITIES`."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _coerce(getattr(self, field.name), _hints(type(self))[field.name])
+            if value is _BAD:
+                raise RecipeError(
+                    f"{self.name}.{field.name} must be {describe_type(type(self), field.name)}, "
+                    f"got {getattr(self, field.name)!r}"
+                )
+            object.__setattr__(self, field.name, value)
+            _check_bounds(self.name, field, value)
+
+    @property
+    def name(self) -> str:
+        """Class name, as in the paper."""
+        return type(self).__name__
+
+    @abstractmethod
+    def acts_on(self, site: Site) -> bool:
+        """Whether this recipe wants to decide at `site`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and fields, JSON-ready."""
+        return {"recipe": self.name, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        shown = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReduction(Recipe):
+    """Decides which tokens go on and which are dropped or merged."""
+
+    stage: ClassVar[str] = "tokens"
+    requires: ClassVar[frozenset[str]] = frozenset({"any subset"})
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    """Attention statistics that `plan` asks for; the host keeps only what is named here."""
+    ragged: ClassVar[bool] = False
+    """Token counts depend on the input, so each sample of a batch gets its own plan."""
+
+    @property
+    def size_bias(self) -> bool:
+        """Whether later attention adds log(size) to a merged token's logits."""
+        return False
+
+    @abstractmethod
+    def plan(self, ctx: TokenContext) -> TokenAssignment | None:
+        """Where the tokens at this site go; None leaves them alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttention(Recipe):
+    """Decides how one attention call is computed."""
+
+    stage: ClassVar[str] = "attention"
+
+    @abstractmethod
+    def plan(self, ctx: AttentionContext) -> AttentionPlan:
+        """The plan for this call; the empty plan is dense attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionQuantization(Recipe):
+    """Decides the precision of the two attention products."""
+
+    stage: ClassVar[str] = "attention precision"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCache(Recipe):
+    """Decides which denoising steps are computed and which reuse or forecast."""
+
+    stage: ClassVar[str] = "steps"
+
+    @abstractmethod
+    def plan(self, ctx: StepContext) -> Action:
+        """What to do at this step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPolicy(Recipe):
+    """Decides what a key-value cache keeps."""
+
+    stage: ClassVar[str] = "cache"
+
+
+_BAD = object()
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def describe_type(cls: type, name: str) -> str:
+    """A field's type in words, for messages and tables."""
+    hint = _hints(cls)[name]
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """`value` as the annotated type, or _BAD. Lists become tuples, ints become floats."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        tried = (_coerce(value, option) for option in args)
+        return next((result for result in tried if result is not _BAD), _BAD)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return _BAD
+        kinds = [args[0]] * len(value) if args[-1] is ... else list(args)
+        items = [_coerce(v, kind) for v, kind in zip(value, kinds, strict=False)]
+        return _BAD if len(kinds) != len(value) or _BAD in items else tuple(items)
+    if hint in (None, type(None)):
+        return None if value is None else _BAD
+    if isinstance(value, bool) or hint is bool:
+        return value if isinstance(value, bool) and hint is bool else _BAD
+    if hint is float and isinstance(value, int):
+        return float(value)
+    return value if isinstance(value, hint) else _BAD
+
+
+def _check_bounds(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
+    tests = {
+        ">": lambda v, b: v > b,
+        ">=": lambda v, b: v >= b,
+        "<": lambda v, b: v < b,
+        "<=": lambda v, b: v <= b,
+    }
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        if not isinstance(number, int | float):
+            continue
+        bounds = field.metadata.get("bounds", {})
+        fits = math.isfinite(number) and all(tests[s](number, b) for s, b in bounds.items())
+        if not fits:
+            wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items()) or "finite"
+            raise RecipeError(f"{owner}.{field.name} must be {wanted}, got {value!r}")

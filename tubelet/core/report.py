@@ -1,0 +1,99 @@
+"""What happened where: the record that a handle keeps while the model runs."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Report:
+    """Tokens, attention calls and fall-backs of the runs since `accelerate`.
+
+    Args:
+        model: Class name of the host model.
+        recipes: The recipes at work, as strings.
+    """
+
+    model: str
+    recipes: tuple[str, ...]
+    calls: int = 0
+    tokens_in: int = 0
+    _layers: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _changes: dict[tuple[str, str], list[tuple[float, float]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    attention: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def start_run(self, tokens: int) -> None:
+        """A forward pass begins with `tokens` tokens per sample."""
+        self.calls += 1
+        self.tokens_in = tokens
+
+    def enter_layer(self, layer: int, tokens: float) -> None:
+        """`tokens` tokens per sample (mean over the batch) enter a layer."""
+        self._layers[layer].append(tokens)
+
+    def change(self, recipe: str, site: str, before: float, after: float) -> None:
+        """A recipe reduced tokens per sample at a site."""
+        self._changes[recipe, site].append((before, after))
+
+    def acted(self, recipe: str) -> bool:
+        """Whether `recipe` changed anything so far."""
+        shrunk = any(
+            after < before
+            for (name, _), pairs in self._changes.items()
+            if name == recipe
+            for before, after in pairs
+        )
+        return shrunk or any(key.startswith(f"{recipe}: ") for key in self.attention)
+
+    @property
+    def tokens_per_layer(self) -> list[float]:
+        """Mean tokens per sample entering each layer, over all runs."""
+        return [sum(seen) / len(seen) for _, seen in sorted(self._layers.items())]
+
+    @property
+    def mean_tokens(self) -> float | None:
+        """Mean of `tokens_per_layer`; None before the first run."""
+        counts = self.tokens_per_layer
+        return sum(counts) / len(counts) if counts else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        changes = [
+            {
+                "recipe": recipe,
+                "site": site,
+                "before": sum(b for b, _ in pairs) / len(pairs),
+                "after": sum(a for _, a in pairs) / len(pairs),
+            }
+            for (recipe, site), pairs in self._changes.items()
+        ]
+        return {
+            "model": self.model,
+            "recipes": list(self.recipes),
+            "calls": self.calls,
+            "tokens_in": self.tokens_in,
+            "tokens_per_layer": self.tokens_per_layer,
+            "changes": changes,
+            "attention": dict(self.attention),
+            "fallbacks": dict(self.fallbacks),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {', '.join(self.recipes) or 'no recipe'}, {self.calls} runs"]
+        counts = self.tokens_per_layer
+        if counts:
+            mean = sum(counts) / len(counts)
+            shown = " ".join(f"{count:.0f}" for count in counts)
+            lines.append(f"tokens entering each layer (of {self.tokens_in}): {shown}")
+            lines.append(f"mean over layers: {mean:.1f} ({mean / max(self.tokens_in, 1):.1%})")
+        for row in self.to_dict()["changes"]:
+            before, after = row["before"], row["after"]
+            lines.append(f"  {row['recipe']} at {row['site']}: {before:.0f} -> {after:.0f}")
+        lines += [f"  attention {what}: {n} calls" for what, n in self.attention.items()]
+        lines += [f"  fall-back: {why}: {n} times" for why, n in self.fallbacks.items()]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])

@@ -1,0 +1,17 @@
+"""Attention: one call, several implementations, and statistics built on it."""
+
+from tubelet.kernels.attention.api import IMPLEMENTATIONS, attention, choose
+from tubelet.kernels.attention.statistics import (
+    CallStatistics,
+    attention_entropy,
+    received_attention,
+)
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "CallStatistics",
+    "attention",
+    "attention_entropy",
+    "choose",
+    "received_attention",
+]

@@ -1,0 +1,43 @@
+"""A per-key bias carried by extra head channels, for fused kernels that take no bias.
+
+Appending 1 to every query and bias / scale to every key adds the bias to each logit. One bf16
+channel rounds it too coarsely (up to 1.6 % of a softmax weight for sizes up to 512), so it is
+split into a high and a low part over two channels, which leaves about 3e-5.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ALIGNMENT = 8
+"""Fused kernels want head widths that are multiples of this."""
+
+EXCLUDED = -3.0e4
+"""Stands for -inf, whose low part would be NaN; its softmax weight underflows to zero."""
+
+
+def with_bias_channels(
+    q: Tensor, k: Tensor, key_bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Widen q and k so that q' k' * scale equals q k * scale + key_bias.
+
+    Args:
+        q: [B, H, N, D] queries.
+        k: [B, Hkv, M, D] keys.
+        key_bias: [B, M] float32; -inf excludes a key.
+        scale: Factor on the logits, > 0.
+
+    Returns:
+        q' and k' of width D + 2 rounded up to a multiple of 8.
+    """
+    wanted = key_bias.float().clamp(min=EXCLUDED) / scale
+    limit = torch.finfo(k.dtype).max
+    high = wanted.clamp(min=-limit).to(k.dtype)
+    low = (wanted - high.float()).clamp(min=-limit).to(k.dtype)
+    pair = torch.stack([high, low], dim=-1)[:, None].expand(-1, k.shape[1], -1, -1)
+    width = -(-(q.shape[-1] + 2) // ALIGNMENT) * ALIGNMENT - q.shape[-1]
+    ones = torch.ones_like(q[..., :2])
+    return (
+        torch.cat([q, F.pad(ones, (0, width - 2))], dim=-1),
+        torch.cat([k, F.pad(pair, (0, width - 2))], dim=-1),
+    )

@@ -1,0 +1,81 @@
+"""torch's fused scaled-dot-product kernels, called where they return the log-sum-exp.
+
+The public function hides the log-sum-exp, so the per-backend operators are used; a canary test
+watches their signatures.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tubelet.core.block_mask import BlockMask
+from tubelet.kernels.attention.channels import ALIGNMENT, with_bias_channels
+
+aten = torch.ops.aten
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool) -> str | None:
+    """Why these inputs cannot run here, or None."""
+    if mask is not None:
+        return "the sdpa kernels take no block lists"
+    if q.device.type not in ("cpu", "cuda"):
+        return f"no fused kernel with a log-sum-exp is known for device {q.device.type!r}"
+    if q.device.type == "cuda" and q.dtype == torch.float64:
+        return "the CUDA kernels take no float64"
+    if v.shape[-1] != q.shape[-1]:
+        return f"key width {q.shape[-1]} and value width {v.shape[-1]} must agree"
+    if causal and q.shape[2] != k.shape[2]:
+        return "causal attention needs as many queries as keys"
+    return None
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None,
+    mask: BlockMask | None,
+) -> tuple[Tensor, Tensor]:
+    """Fused attention without a block mask."""
+    assert mask is None
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if q.device.type == "cpu":
+        return _cpu(q, k, v, scale, causal, key_bias)
+    return _cuda(q, k, v, scale, causal, key_bias)
+
+
+def _cpu(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # This kernel adds a broadcast float32 row while it runs: exact, and cheaper than channels.
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    bias = None if key_bias is None else key_bias.to(dtype)[:, None, None, :]
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return out, lse
+
+
+def _cuda(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    width = v.shape[-1]
+    if key_bias is not None:
+        q, k = with_bias_channels(q, k, key_bias, scale)
+    spare = -(-q.shape[-1] // ALIGNMENT) * ALIGNMENT
+    q, k, v = (F.pad(x, (0, spare - x.shape[-1])) if x.shape[-1] < spare else x for x in (q, k, v))
+    if q.dtype == torch.float32 or spare > 256:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, causal, scale=scale
+        )
+    else:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, False, scale=scale
+        )
+    # The memory-efficient kernel pads its statistics to whole tiles.
+    return out[..., :width], lse[..., : q.shape[2]]

@@ -1,0 +1,98 @@
+"""`accelerate`: put recipes on a model, in place and reversibly."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from tubelet.core.context import Site
+from tubelet.core.errors import (
+    ConflictError,
+    NoMatchingSitesError,
+    RecipeError,
+    UnsupportedError,
+)
+from tubelet.core.handle import Handle, ModelAdapter
+from tubelet.core.recipe import Recipe
+from tubelet.models.catalogue import adapter_for, refusal
+
+_active: "WeakKeyDictionary[Any, Handle]" = WeakKeyDictionary()
+
+
+def accelerate(model: Any, *recipes: Recipe) -> Handle:
+    """Put recipes on a model until the handle is removed.
+
+    The model is changed in place by hooks and setters, and `handle.remove()` (or leaving the
+    `with` block) takes every change back exactly. Recipes of different stages compose, as do
+    recipes of one stage at different sites.
+
+    Args:
+        model: A supported model in eval mode; see `tubelet models`.
+        recipes: One or more recipes. None at all is allowed only where tubelet brings fused
+            attention that the host lacks (TimeSformer).
+
+    Returns:
+        The handle, also a context manager.
+
+    Raises:
+        UnsupportedError: The model is unknown, or lacks what a recipe needs.
+        NoMatchingSitesError: A recipe found no place to act.
+        ConflictError: Two recipes want the same stage at the same site, or the model is
+            accelerated already.
+        RecipeError: What was given is not a recipe.
+    """
+    adapter = adapter_for(model)
+    _check(model, adapter, recipes)
+    handle = Handle(model, recipes)
+    try:
+        adapter.install(model, recipes, handle)
+    except BaseException:
+        handle.remove()
+        raise
+    _active[model] = handle
+    handle.on_remove(lambda: _active.pop(model, None))
+    return handle
+
+
+def _check(model: Any, adapter: ModelAdapter, recipes: tuple[Recipe, ...]) -> None:
+    for recipe in recipes:
+        if not isinstance(recipe, Recipe):
+            raise RecipeError(
+                f"accelerate takes recipe instances such as ToMe(r=8), got {recipe!r}"
+            )
+    if not recipes and not getattr(adapter, "fused_by_tubelet", False):
+        raise RecipeError(f"give at least one recipe to put on {type(model).__name__}")
+    if model in _active:
+        raise ConflictError(f"this {type(model).__name__} is accelerated already; remove() first")
+    lacks = adapter.lacks(model)
+    for recipe in recipes:
+        reason = refusal(recipe, lacks)
+        if reason is not None:
+            raise UnsupportedError(f"{recipe.name} cannot run on {type(model).__name__}: {reason}")
+    _check_training(model)
+    _check_sites(adapter.sites(model), recipes)
+
+
+def _check_training(model: Any) -> None:
+    paths = [m for m in model.modules() if "DropPath" in type(m).__name__ and m.training]
+    if any(getattr(m, "drop_prob", 0) for m in paths):
+        raise UnsupportedError("stochastic depth is active in training mode; call model.eval()")
+
+
+def _check_sites(sites: list[Site], recipes: tuple[Recipe, ...]) -> None:
+    taken: dict[tuple[str, str, str], Recipe] = {}
+    for recipe in recipes:
+        matched = [site for site in sites if recipe.acts_on(site)]
+        if not matched:
+            kinds = sorted({site.kind for site in sites})
+            depth = max(site.num_layers for site in sites)
+            raise NoMatchingSitesError(
+                f"{recipe} found no site; the model has {depth} layers with sites of kind "
+                f"{', '.join(kinds)}"
+            )
+        for site in matched:
+            place = (recipe.stage, site.name, site.kind)
+            if place in taken:
+                raise ConflictError(
+                    f"{taken[place]} and {recipe} both decide {recipe.stage} at {site.name}; "
+                    "keep one, or give them different layers"
+                )
+            taken[place] = recipe

@@ -1,0 +1,373 @@
+"""Video encoders: the facts an adapter states, and the runtime that carries plans out.
+
+Hooks only. A plan acts between a layer's attention and its MLP although that residual stream is
+local to the layer: the norm in front of the MLP receives the reduced tokens, the MLP's output is
+kept aside, and the layer's own result is replaced by reduced tokens + MLP output. The sequence
+returns to its full length after the last layer, so everything behind sees what it expects.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tubelet.core.assignment import TokenAssignment
+from tubelet.core.context import AttentionContext, Site, TokenContext
+from tubelet.core.errors import ShapeError
+from tubelet.core.grid import TokenGrid
+from tubelet.core.handle import Handle
+from tubelet.core.plan import AttentionPlan
+from tubelet.core.recipe import Recipe, SparseAttention, TokenReduction
+from tubelet.kernels.attention import CallStatistics, attention, choose
+from tubelet.models.groups import TokenGroup, pack
+from tubelet.models.interface import take_over
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderAdapter:
+    """Facts about a family of video encoders in transformers.
+
+    Args:
+        family: Name for people.
+        classes: Model classes it serves.
+        base: Attribute that holds the encoder in classes with a head.
+        embeddings, layers: Paths in the base model.
+        attention: Path in a layer to the module that calls the attention function.
+        norm_after: Path in a layer to the norm in front of the MLP.
+        mlp_out: Path in a layer to the last module before the second residual addition.
+        grid: Geometry from the base model and the pixels [B, T, 3, H, W].
+        missing: Capabilities the family lacks, with reasons.
+        takes_positions: Layers take original positions as their second argument.
+        pooler: Path of an attention pooler over the output tokens, if there is one.
+    """
+
+    family: str
+    classes: tuple[str, ...]
+    base: str
+    embeddings: str
+    layers: str
+    attention: str
+    norm_after: str
+    mlp_out: str
+    grid: Callable[[Any, Tensor], TokenGrid]
+    missing: dict[str, str] = field(default_factory=dict)
+    takes_positions: bool = False
+    pooler: str | None = None
+    fused_by_tubelet: bool = False
+    """The host has no fused attention; tubelet brings it, also without any recipe."""
+
+    def base_model(self, model: Any) -> Any:
+        """The encoder below a task head."""
+        return getattr(model, self.base, model)
+
+    def lacks(self, model: Any) -> dict[str, str]:
+        """Capabilities that this model does not offer, each with the reason."""
+        return self.missing
+
+    def sites(self, model: Any) -> list[Site]:
+        """The embeddings, then every layer."""
+        prefix = f"{self.base}." if hasattr(model, self.base) else ""
+        layers = self.base_model(model).get_submodule(self.layers)
+        sites = [self._site(prefix + self.embeddings, -1, len(layers), "input")]
+        for index in range(len(layers)):
+            for kind in self.kinds(model):
+                name = f"{prefix}{self.layers}.{index}"
+                sites.append(self._site(name, index, len(layers), kind))
+        return sites
+
+    def kinds(self, model: Any) -> tuple[str, ...]:
+        """Kinds of attention in one layer, in the order they run."""
+        return ("joint",)
+
+    def install(self, model: Any, recipes: Sequence[Recipe], handle: Handle) -> None:
+        """Hook the recipes in."""
+        runtime = EncoderRuntime(self, model, recipes, handle)
+        runtime.hook_embeddings()
+        runtime.hook_layers()
+        attending = [layer.get_submodule(self.attention) for layer in runtime.layers]
+        take_over(model, attending + runtime.pooling, runtime, handle)
+
+    @staticmethod
+    def _site(name: str, layer: int, num_layers: int, kind: Any) -> Site:
+        return Site(name=name, layer=layer, num_layers=num_layers, kind=kind)
+
+
+class EncoderRuntime:
+    """Recipes at work on one encoder; its state lives from the embeddings to the last layer."""
+
+    def __init__(
+        self, adapter: EncoderAdapter, model: Any, recipes: Sequence[Recipe], handle: Handle
+    ) -> None:
+        base = adapter.base_model(model)
+        self.adapter, self.base, self.handle = adapter, base, handle
+        self.embeddings: nn.Module = base.get_submodule(adapter.embeddings)
+        self.layers: list[nn.Module] = list(base.get_submodule(adapter.layers))
+        self.sites = {(site.layer, site.kind): site for site in adapter.sites(model)}
+        self.reducers = _by_site(recipes, TokenReduction, self.sites)
+        self.attenders = _by_site(recipes, SparseAttention, self.sites)
+        self.size_bias = any(r.size_bias for r in recipes if isinstance(r, TokenReduction))
+        self.layer_of = {
+            layer.get_submodule(adapter.attention): i for i, layer in enumerate(self.layers)
+        }
+        pooler = None if adapter.pooler is None else getattr(model, adapter.pooler, None)
+        self.pooling = [m for m in pooler.modules() if hasattr(m, "config")] if pooler else []
+        self.grid: TokenGrid | None = None
+        self.groups: list[TokenGroup] = []
+        self.packed = False
+        self.statistics: dict[int, CallStatistics] = {}
+        self.reduced: Tensor | None = None
+        self.mlp_output: Tensor | None = None
+        self.dropped: Tensor | None = None
+
+    # Hooks
+
+    def hook_embeddings(self) -> None:
+        """Begin a run when the embeddings are done."""
+        self._hook(self.embeddings.register_forward_hook(self._begin, with_kwargs=True))
+
+    def hook_layers(self) -> None:
+        """Reduce between attention and MLP of each layer, restore after the last one."""
+        for index, layer in enumerate(self.layers):
+            norm = layer.get_submodule(self.adapter.norm_after)
+            mlp_out = layer.get_submodule(self.adapter.mlp_out)
+            self._hook(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True))
+            self._hook(norm.register_forward_pre_hook(self._before_mlp(index)))
+            self._hook(mlp_out.register_forward_hook(self._after_mlp))
+            self._hook(layer.register_forward_hook(self._leave(index)))
+
+    def _hook(self, registered: Any) -> None:
+        self.handle.on_remove(registered.remove)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        pixels = args[0] if args else next(iter(kwargs.values()))
+        self.grid = self.adapter.grid(self.base, pixels)
+        if output.shape[1] != self.grid.num_tokens:
+            raise ShapeError(
+                f"{self.adapter.family} embedded {output.shape[1]} tokens where the clip has "
+                f"{self.grid.num_tokens} ({self.grid}); masked inputs are not supported"
+            )
+        self.groups = [TokenGroup.whole(*output.shape[:2], device=output.device)]
+        self.packed, self.dropped, self.reduced = False, None, None
+        self.statistics.clear()
+        self.handle.report().start_run(self.grid.num_tokens)
+        reduced = self.reduce((-1, "input"), output, pixels=pixels)
+        return output if reduced is None else reduced
+
+    def _enter(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            self.count_tokens(index)
+            if not self.adapter.takes_positions or self.groups[0].origin is None:
+                return None
+            positions = torch.cat([group.anchor for group in self.groups], dim=1)
+            return (args[0], positions, *args[2:]), kwargs
+
+        return hook
+
+    def _before_mlp(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any) -> Any:
+            self.reduced = self.reduce((index, "joint"), args[0], self.statistics.pop(index, None))
+            return None if self.reduced is None else (self.reduced, *args[1:])
+
+        return hook
+
+    def _after_mlp(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if self.reduced is None:
+            return None
+        self.mlp_output = output
+        # Broadcasts in the host's residual addition, whose result is replaced in `_leave`.
+        return output.new_zeros(1, 1, 1)
+
+    def _leave(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if self.reduced is not None and self.mlp_output is not None:
+                hidden = self.mlp_output + self.reduced
+            self.reduced = self.mlp_output = None
+            if index == len(self.layers) - 1:
+                hidden = self.finish(hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    # Tokens
+
+    def count_tokens(self, index: int) -> None:
+        """Note how many tokens per sample enter a layer."""
+        self.handle.report().enter_layer(index, _mean_tokens(self.groups))
+
+    def reduce(
+        self,
+        key: tuple[int, str],
+        hidden: Tensor,
+        stats: CallStatistics | None = None,
+        pixels: Tensor | None = None,
+    ) -> Tensor | None:
+        """Apply the token recipe of a site; None when no token went."""
+        recipe = self.reducers.get(key)
+        if recipe is None:
+            return None
+        groups, packed = self.groups, self.packed
+        if recipe.ragged and not packed and groups[0].batch > 1:
+            groups, packed, hidden = groups[0].split(), True, pack(hidden)
+        parts: list[Tensor] = []
+        after: list[TokenGroup] = []
+        start = 0
+        for group in groups:
+            context = self._context(key, group, hidden, packed, stats, pixels)
+            plan = recipe.plan(context)
+            parts.append(context.hidden if plan is None else plan.reduce(context.hidden))
+            after.append(group.after(plan, start))
+            start += after[-1].num * packed
+        before, left = _mean_tokens(groups), _mean_tokens(after)
+        self.handle.report().change(str(recipe), self.sites[key].name, before, left)
+        if left == before:
+            return None
+        self.groups, self.packed = after, packed
+        return torch.cat(parts, dim=1) if packed else parts[0]
+
+    def _context(
+        self,
+        key: tuple[int, str],
+        group: TokenGroup,
+        hidden: Tensor,
+        packed: bool,
+        stats: CallStatistics | None,
+        pixels: Tensor | None,
+    ) -> TokenContext:
+        assert self.grid is not None
+        samples = slice(group.first, group.first + group.batch)
+        return TokenContext(
+            site=self.sites[key],
+            grid=self.grid,
+            hidden=group.view(hidden, packed),
+            size=group.size,
+            anchor=group.anchor,
+            protected=self.grid.before,
+            stats=None if stats is None else _part(stats, group, self.packed),
+            pixels=None if pixels is None else pixels[samples],
+        )
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Full-length output after the last layer: every original token gets its survivor's value.
+
+        Dropped tokens get the size-weighted mean of the survivors, so that mean pooling over the
+        sequence equals size-weighted pooling over what survived.
+        """
+        whole = [
+            g.origin or TokenAssignment.identity(*g.size.shape, g.size.device) for g in self.groups
+        ]
+        self.handle.record_assignment(whole)
+        if all(group.origin is None for group in self.groups):
+            return hidden
+        views = [group.view(hidden, self.packed) for group in self.groups]
+        if self.pooling:
+            self.dropped = torch.cat([origin.index < 0 for origin in whole])
+        return torch.cat([o.restore(view) for o, view in zip(whole, views, strict=True)])
+
+    # Attention
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        host: Callable[[], Tensor],
+    ) -> Tensor:
+        """One attention call of a layer or of the pooler, as [B, N, H, D]."""
+        index = self.layer_of.get(module)
+        if index is None:
+            return self._pool(q, k, v, scale, host)
+        return self.attend_at((index, "joint"), q, k, v, scale, host)
+
+    def attend_at(
+        self,
+        key: tuple[int, str],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        host: Callable[[], Tensor],
+    ) -> Tensor:
+        """One attention call at a site, with its plan, its bias and its statistics."""
+        reducer, attender = self.reducers.get(key), self.attenders.get(key)
+        wants = frozenset() if reducer is None else reducer.statistics
+        needs_lse = bool(wants & {"received", "entropy"})
+        biased = self.size_bias and any(group.merged for group in self.groups)
+        if attender is None and not (needs_lse or biased or self.packed):
+            self.handle.report().attention["as in the host"] += 1
+            if wants:
+                self.statistics[key[0]] = CallStatistics(q, k, v, scale)
+            return host()
+        outs, lses, biases = [], [], []
+        for group in self.groups:
+            part = [group.view(x, self.packed, axis=2) for x in (q, k, v)]
+            bias = group.size.log() if biased else None
+            out, lse = self._one_call(key, attender, part, scale, bias)
+            outs.append(out)
+            lses.append(lse)
+            biases.append(bias)
+        if wants:
+            self.statistics[key[0]] = CallStatistics(
+                q, k, v, scale, torch.cat(lses, dim=2), torch.cat(biases, dim=1) if biased else None
+            )
+        return torch.cat(outs, dim=2).transpose(1, 2)
+
+    def _one_call(
+        self,
+        key: tuple[int, str],
+        attender: SparseAttention | None,
+        part: list[Tensor],
+        scale: float,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        assert self.grid is not None
+        plan = AttentionPlan()
+        if attender is not None:
+            plan = attender.plan(
+                AttentionContext(site=self.sites[key], grid=self.grid, query=part[0], key=part[1])
+            )
+        q, k, v = part
+        impl = choose(q, k, v, plan)
+        what = f"{impl}, log-size bias" if bias is not None else impl
+        if attender is not None and not plan.is_dense:
+            what = f"{attender}: {what}"
+        self.handle.report().attention[what] += 1
+        return attention(q, k, v, plan, scale=scale, key_bias=bias, impl=impl)
+
+    def _pool(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, host: Callable[[], Tensor]
+    ) -> Tensor:
+        if self.dropped is None or not bool(self.dropped.any()):
+            return host()
+        # Dropped tokens hold a mean; the pooler must not see it as a token.
+        bias = torch.zeros(self.dropped.shape, device=q.device)
+        bias = bias.masked_fill(self.dropped, -torch.inf)
+        out, _ = attention(q, k, v, scale=scale, key_bias=bias)
+        return out.transpose(1, 2)
+
+
+def _by_site(recipes: Sequence[Recipe], stage: type, sites: dict[Any, Site]) -> dict[Any, Any]:
+    """The recipe of a stage at each site that one acts on."""
+    chosen = [recipe for recipe in recipes if isinstance(recipe, stage)]
+    return {key: r for key, site in sites.items() for r in chosen if r.acts_on(site)}
+
+
+def _mean_tokens(groups: Sequence[TokenGroup]) -> float:
+    samples = sum(group.batch for group in groups)
+    return sum(group.batch * group.num for group in groups) / samples
+
+
+def _part(stats: CallStatistics, group: TokenGroup, packed: bool) -> CallStatistics:
+    """The statistics of one group, out of a packed or a batched call."""
+
+    def cut(x: Tensor | None, axis: int) -> Tensor | None:
+        if x is None:
+            return None
+        return group.view(x, True, axis) if packed else x[group.first : group.first + group.batch]
+
+    tensors = {name: cut(getattr(stats, name), 2) for name in ("q", "k", "v", "lse")}
+    return replace(stats, **tensors, key_bias=cut(stats.key_bias, 1))

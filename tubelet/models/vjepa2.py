@@ -1,0 +1,38 @@
+"""V-JEPA 2: rotary positions from token indices, no class token, attentive pooling."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tubelet.core.grid import TokenGrid
+from tubelet.models.encoder import EncoderAdapter
+
+
+def _grid(base: Any, pixels: Tensor) -> TokenGrid:
+    config = base.config
+    _, frames, _, height, width = pixels.shape
+    # The host repeats a clip that is shorter than one tubelet.
+    return TokenGrid(
+        frames=max(frames // config.tubelet_size, 1),
+        height=height // config.patch_size,
+        width=width // config.patch_size,
+    )
+
+
+ADAPTER = EncoderAdapter(
+    family="V-JEPA 2",
+    classes=("VJEPA2ForVideoClassification", "VJEPA2Model"),
+    base="vjepa2",
+    embeddings="encoder.embeddings",
+    layers="encoder.layer",
+    attention="attention",
+    norm_after="norm2",
+    mlp_out="mlp",
+    grid=_grid,
+    missing={
+        "class token": "V-JEPA 2 has no class token; it pools by attention",
+        "divided": "V-JEPA 2 attends jointly over space and time",
+    },
+    takes_positions=True,
+    pooler="pooler",
+)

@@ -1,0 +1,46 @@
+"""Segments: runs of similar tokens along time."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def run_starts(
+    x: Tensor, difference: Callable[[Tensor, Tensor], Tensor], threshold: float
+) -> Bool[Tensor, "b f p"]:
+    """Where a new run begins at each place when time runs forward.
+
+    An entry is compared with the *start of its run*, not with its predecessor, so a slow drift
+    adds up until it starts a new run.
+
+    Args:
+        x: [B, F, P, ...], F steps in time, P places.
+        difference: Maps two [B, P, ...] tensors to a [B, P] distance >= 0.
+        threshold: A distance at or above it starts a new run; 0 makes every entry a run.
+
+    Returns:
+        True at run starts; always True in the first step.
+    """
+    anchor = x[:, 0]
+    starts = [torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device)]
+    for step in range(1, x.shape[1]):
+        fresh = difference(anchor, x[:, step]) >= threshold
+        shape = (*fresh.shape, *[1] * (anchor.ndim - 2))
+        anchor = torch.where(fresh.reshape(shape), x[:, step], anchor)
+        starts.append(fresh)
+    return torch.stack(starts, dim=1)
+
+
+def run_lengths(starts: Bool[Tensor, "b f p"]) -> Int[Tensor, "b f p"]:
+    """Length of the run that begins at each entry, 0 where none begins; (f, p) order kept."""
+    heads = run_heads(starts)
+    zeros = torch.zeros_like(heads)
+    return zeros.scatter_add(1, heads, torch.ones_like(heads))
+
+
+def run_heads(starts: Bool[Tensor, "b f p"]) -> Int[Tensor, "b f p"]:
+    """Step at which each entry's run began."""
+    steps = torch.arange(starts.shape[1], device=starts.device)[None, :, None]
+    return torch.where(starts, steps, 0).cummax(1).values

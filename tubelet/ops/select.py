@@ -1,0 +1,139 @@
+"""Selections: from scores and a budget to the tokens that stay."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tubelet.core.errors import ShapeError
+from tubelet.ops.score import rank_of
+
+
+def kept_positions(mask: Bool[Tensor, "b n"], num: int) -> Int[Tensor, "b k"]:
+    """Ascending positions of the True entries, of which every row has exactly `num`."""
+    order = torch.argsort(~mask, dim=-1, stable=True)
+    return order[:, :num]
+
+
+def budget(num: int, keep_ratio: float, least: int = 1) -> int:
+    """Tokens kept out of `num` at a keep ratio in (0, 1]: rounded up, at least `least`."""
+    # Subtracting a hair forgives products such as 0.7 * 10 = 7.000000000000001.
+    wanted = math.ceil(num * keep_ratio - 1e-9)
+    return min(num, max(wanted, least))
+
+
+def top_k(score: Float[Tensor, "*batch n"], k: int) -> Bool[Tensor, "*batch n"]:
+    """True for the `k` highest entries of each row; equal scores keep the lower index.
+
+    Args:
+        score: Any finite scale.
+        k: How many, in [1, n].
+
+    Raises:
+        ShapeError: `k` is outside [1, n].
+    """
+    if not 1 <= k <= score.shape[-1]:
+        raise ShapeError(f"top_k keeps between 1 and {score.shape[-1]} entries, got {k}")
+    return rank_of(score) < k
+
+
+def top_p(score: Float[Tensor, "*batch n"], mass: float) -> Bool[Tensor, "*batch n"]:
+    """Keep the smallest set of entries whose share of each row's total reaches `mass`.
+
+    Args:
+        score: Non-negative weights. Any scale; each row is normalised by its own sum.
+        mass: Share to reach, unitless, in (0, 1]. 1.0 keeps every entry, zeros included.
+
+    Returns:
+        True where kept. Each row keeps at least one entry. Equal scores keep the lower index.
+
+    Raises:
+        ShapeError: `mass` is outside (0, 1].
+
+    Notes:
+        A row that sums to zero has no ranking; such a row keeps everything rather than nothing.
+
+    Source:
+        Nucleus selection (Holtzman et al., 2020, arXiv:1904.09751).
+    """
+    if not 0 < mass <= 1:
+        raise ShapeError(f"mass must lie in (0, 1], got {mass}")
+    if mass == 1:
+        return torch.ones_like(score, dtype=torch.bool)
+    total = score.double().sum(-1, keepdim=True)
+    order = torch.argsort(score, dim=-1, descending=True, stable=True)
+    share = score.double().gather(-1, order) / total
+    before = share.cumsum(-1) - share
+    kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, order, before < mass)
+    kept = kept | (rank_of(score) == 0)
+    return torch.where(total > 0, kept, torch.ones_like(kept))
+
+
+def cdf_sample(score: Float[Tensor, "*batch n"], samples: int) -> Bool[Tensor, "*batch n"]:
+    """Inverse-transform sampling at evenly spaced levels of the cumulative score.
+
+    Scores are sorted in ascending order; their cumulative sum, min-max scaled, is the CDF. Each
+    level picks the token nearest to it, and picking a token twice keeps it once.
+
+    Args:
+        score: Non-negative significance. Any scale.
+        samples: Levels, >= 1, from the smallest non-zero CDF value up to 1.
+
+    Returns:
+        True where kept: between 1 and min(samples, n) entries per row.
+
+    Raises:
+        ShapeError: `samples` is below 1.
+
+    Notes:
+        A row of equal scores has a straight CDF and is sampled evenly. A row that sums to zero
+        has no CDF; it is treated like a row of equal scores.
+
+    Source:
+        Adaptive token sampling (Fayyaz et al., 2022, arXiv:2111.15667).
+    """
+    if samples < 1:
+        raise ShapeError(f"cdf_sample needs at least one sample, got {samples}")
+    wide = score.double()
+    wide = torch.where(wide.sum(-1, keepdim=True) > 0, wide, torch.ones_like(wide))
+    order = torch.argsort(wide, dim=-1, stable=True)
+    cdf = wide.gather(-1, order).cumsum(-1)
+    low, high = cdf[..., :1], cdf[..., -1:]
+    flat = high <= low
+    cdf = torch.where(flat, torch.ones_like(cdf), (cdf - low) / torch.where(flat, 1.0, high - low))
+    start = torch.where(cdf > 0, cdf, torch.inf).amin(-1, keepdim=True)
+    steps = torch.linspace(0, 1, samples, dtype=wide.dtype, device=wide.device)
+    levels = start + (1 - start) * (steps if samples > 1 else torch.ones_like(steps))
+    above = torch.searchsorted(cdf.contiguous(), levels.contiguous()).clamp(max=cdf.shape[-1] - 1)
+    below = (above - 1).clamp(min=0)
+    closer_below = levels - cdf.gather(-1, below) <= cdf.gather(-1, above) - levels
+    picked = order.gather(-1, torch.where(closer_below, below, above))
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, picked, True)
+
+
+def stratified_top_k(
+    score: Float[Tensor, "b n"], group: Int[Tensor, "n"], num_groups: int, keep_ratio: float
+) -> Bool[Tensor, "b n"]:
+    """Keep the same share of every group, the highest scores of each.
+
+    Args:
+        score: Any finite scale.
+        group: Group of each entry, in [0, num_groups); groups have equal sizes.
+        num_groups: Number of groups, a divisor of n.
+        keep_ratio: Share kept of each group, in (0, 1], rounded up.
+
+    Returns:
+        True where kept; exactly `budget(n / num_groups, keep_ratio)` entries per group.
+
+    Raises:
+        ShapeError: n is not a multiple of `num_groups`.
+    """
+    num = score.shape[-1]
+    if num % num_groups:
+        raise ShapeError(f"{num} entries do not split into {num_groups} equal groups")
+    size = num // num_groups
+    by_group = torch.argsort(group, stable=True).reshape(num_groups, size)
+    kept = top_k(score[:, by_group], budget(size, keep_ratio))
+    flat = by_group.flatten().expand_as(score)
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, flat, kept.flatten(1))
