@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from tubelet.core.errors import ClipError
 from tubelet.video import probe, read_clip
@@ -62,6 +63,26 @@ def test_sound_in_a_video_container_is_refused(tmp_path, refused):
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     assert "only audio" in refused(path)
+
+
+def test_the_cover_picture_of_a_song_is_no_video(tmp_path, refused):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=16000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        silence.sample_rate = 16000
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        for stream, frame in ((cover, picture), (sound, silence)):
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    assert "has no video" in refused(path, num_frames=1)
 
 
 def test_an_unknown_codec_is_refused(tmp_path, encode_greys, refused):
@@ -145,7 +166,7 @@ def test_cut_matroska_warns(tmp_path, noisy_video):
         read_clip(path, num_frames=4)
 
 
-@pytest.mark.filterwarnings("ignore:.*damaged")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("seed", range(12))
 def test_random_damage_never_leaks_another_error(noisy_video, seed):
     generator = np.random.default_rng(seed)

@@ -73,6 +73,15 @@ def test_missing_timestamps_fall_back_on_counting(tmp_path, encode_greys, frame_
     assert clip.times.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
 
 
+def test_timestamps_that_run_backwards_are_counted(tmp_path, encode_greys, frame_numbers):
+    part = encode_greys(tmp_path / "part.ts", 6, codec="mpeg2video").read_bytes()
+    path = tmp_path / "joined.ts"
+    path.write_bytes(part + part)
+    with pytest.warns(UserWarning, match="timestamps run backwards"):
+        clip = read_clip(path, num_frames=12)
+    assert frame_numbers(clip.frames) == [*range(6), *range(6)]
+
+
 def test_only_chosen_frames_are_converted(tmp_path, encode_greys, monkeypatch):
     import tubelet.video.decode as decode
 

@@ -89,19 +89,20 @@ def test_the_file_gets_ordinary_permissions(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "a.mp4"
+    path = tmp_path / "a.avi"
     path.write_bytes(b"old")
     whole = encode._pictures
 
     def breaks_midway(frames):
-        yield next(whole(frames))
+        yield from whole(frames)
+        assert len(os.listdir(tmp_path)) == 2
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(encode, "_pictures", breaks_midway)
     with pytest.raises(ClipError, match="No space left"):
-        write_video(path, colourful(), 10)
+        write_video(path, colourful(), 10, codec="mjpeg")
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert os.listdir(tmp_path) == ["a.avi"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -32,6 +32,7 @@ class Site:
     kind: SiteKind
 
 
+@runtime_checkable
 class AttentionStatistics(Protocol):
     """Facts about the attention call just made, computed on demand in O(N) memory.
 

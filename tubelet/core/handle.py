@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site
@@ -21,6 +21,7 @@ CAPABILITIES = {
 """What a recipe may require of a host, in words."""
 
 
+@runtime_checkable
 class ModelAdapter(Protocol):
     """Facts about one family of host models, and how to act there.
 

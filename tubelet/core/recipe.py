@@ -115,7 +115,8 @@ class Recipe(ABC):
 
     def __str__(self) -> str:
         shown = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+        values = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in shown)
+        return f"{self.name}({values})" if values else self.name
 
 
 @dataclass(frozen=True, kw_only=True)

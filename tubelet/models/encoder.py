@@ -298,7 +298,8 @@ class EncoderRuntime:
         needs_lse = bool(wants & {"received", "entropy"})
         biased = self.size_bias and any(group.merged for group in self.groups)
         if attender is None and not (needs_lse or biased or self.packed):
-            self.handle.report().attention["as in the host"] += 1
+            what = "fused by tubelet" if self.adapter.fused_by_tubelet else "as in the host"
+            self.handle.report().attention[what] += 1
             if wants:
                 self.statistics[key[0]] = CallStatistics(q, k, v, scale)
             return host()

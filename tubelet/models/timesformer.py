@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import TokenContext
+from tubelet.core.errors import UnsupportedError
 from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
@@ -104,6 +105,13 @@ class DividedRuntime(JointRuntime):
     frames: int
     places: int
 
+    def __init__(self, *setup: Any) -> None:
+        super().__init__(*setup)
+        if self.size_bias:
+            raise UnsupportedError(
+                "a log-size bias is not defined for divided attention; use proportional=False"
+            )
+
     def hook_layers(self) -> None:
         for index, layer in enumerate(self.layers):
             self.replace_forward(layer, self._layer(index, layer))
@@ -183,7 +191,6 @@ class DividedRuntime(JointRuntime):
 
     def _over_grid(self, plan: TokenAssignment, temporal: bool) -> TokenAssignment:
         """A plan along one axis as a plan over class token + frames x places."""
-        frames = plan.num_out if temporal else self.frames
         places = self.places if temporal else plan.num_out
 
         def raster(x: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ here, as in `from tubelet.recipes import ToMe`; there is no list to keep.
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from tubelet.core.recipe import Recipe
+from tubelet.core.text import parse_recipe, recipe_from_dict
 
 
 @cache
@@ -26,6 +28,16 @@ def catalogue() -> dict[str, type[Recipe]]:
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
+def parse(text: str) -> Recipe:
+    """A recipe of the catalogue from text such as `ToMe(r=8)`; see `core.text`."""
+    return parse_recipe(text, catalogue())
+
+
+def from_dict(data: Mapping[str, Any]) -> Recipe:
+    """A recipe of the catalogue from the result of its `to_dict`."""
+    return recipe_from_dict(data, catalogue())
+
+
 def __getattr__(name: str) -> Any:
     recipes = catalogue()
     if name in recipes:
@@ -34,4 +46,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return ["catalogue", *catalogue()]
+    return ["catalogue", "from_dict", "parse", *catalogue()]

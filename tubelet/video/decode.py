@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tubelet.core.errors import ClipError
 from tubelet.video.clip import MIN_SIDE, Clip
 from tubelet.video.orientation import read_orientation
-from tubelet.video.sampling import check_request, median_gap, sample_indices
+from tubelet.video.sampling import check_request, sample_indices
 from tubelet.video.source import Health, decode_frames, open_video
 from tubelet.video.transform import check_size, resize
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 _DEFAULT_RATE = 25.0
+# Containers count their duration in these.
+_MICROSECOND = Fraction(1, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def read_clip(
         damage = f" ({line.damage})" if line.damage else ""
         raise ClipError(f"{path}: {error}{damage}") from None
     if line.damage:
-        warnings.warn(f"{path}: {line.damage}; sampling what is left", stacklevel=2)
+        warnings.warn(f"{path}: {line.damage}", stacklevel=2)
     frames = _read_frames(path, indices.tolist(), size, crop)
     fps = rate if rate is not None else num_frames / line.duration
     return Clip(frames=frames, times=line.times[indices], source=os.fspath(path), fps=float(fps))
@@ -145,7 +148,7 @@ def _read_timeline(path: str | os.PathLike[str], num_frames: int, rate: float | 
     last, complete = None, True
     with open_video(path) as (container, stream):
         for last in decode_frames(container, stream, health):
-            stamps.append(None if last.pts is None else float(last.pts * last.time_base))
+            stamps.append(_seconds(last.pts, last.time_base))
             if len(stamps) > num_frames and _passed(stamps, needed):
                 complete = False
                 break
@@ -153,8 +156,8 @@ def _read_timeline(path: str | os.PathLike[str], num_frames: int, rate: float | 
             raise ClipError(_nothing_decoded(path, health))
         step = 1.0 / float(stream.guessed_rate or _DEFAULT_RATE)
         times, damage = _usable_times(stamps, step)
-        stay = float(last.duration * last.time_base) if last.duration else 0.0
-        duration = float(times[-1] - times[0]) + (stay or median_gap(times) or step)
+        stay = _seconds(last.duration, last.time_base) or step
+        duration = float(times[-1] - times[0]) + stay
         if complete:
             # Some containers count their duration from 0, others from the first frame.
             reached = max(duration, float(times[0]) + duration)
@@ -197,10 +200,12 @@ def _damage(
 
 
 def _declared_duration(container: "InputContainer", stream: "VideoStream") -> float | None:
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    # Containers count in microseconds.
-    return None if container.duration is None else container.duration / 1e6
+    own = _seconds(stream.duration, stream.time_base)
+    return own if own is not None else _seconds(container.duration, _MICROSECOND)
+
+
+def _seconds(ticks: int | None, time_base: Fraction | None) -> float | None:
+    return None if ticks is None or time_base is None else float(ticks * time_base)
 
 
 def _nothing_decoded(path: str | os.PathLike[str], health: Health) -> str:

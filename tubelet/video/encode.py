@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from tubelet.video.clip import check_frames
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 # 4:2:0 plays everywhere; MJPEG prefers the full range twin.
 _PIXEL_FORMATS = ("yuv420p", "yuvj420p")
@@ -95,7 +96,8 @@ def _encode(path: Path, frames: Tensor, fps: float, codec: str, crf: float) -> N
     with av.open(str(path.absolute()), "w") as container:
         # A fraction like 30000/1001 stays exact, and fits the 16 bit clock of MPEG-4.
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream(codec, rate=rate, options=_options(codec, crf))
+        added = container.add_stream(codec, rate=rate, options=_options(codec, crf))
+        stream = cast("VideoStream", added)
         stream.height = frames.shape[2] + frames.shape[2] % 2
         stream.width = frames.shape[3] + frames.shape[3] % 2
         stream.pix_fmt = _pixel_format(codec)
