@@ -55,12 +55,12 @@ class Handle:
     """
 
     def __init__(self, model: Any, recipes: Sequence[Recipe]) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._report = Report(type(model).__name__, tuple(str(recipe) for recipe in recipes))
         self._recipes = tuple(recipes)
         self._assignment: list[TokenAssignment] | None = None
 
-    def on_remove(self, undo: Callable[[], None]) -> None:
+    def on_remove(self, undo: Callable[[], object]) -> None:
         """Register how to take one change back; undone last in, first out."""
         self._undo.append(undo)
 

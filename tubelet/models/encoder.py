@@ -6,7 +6,7 @@ kept aside, and the layer's own result is replaced by reduced tokens + MLP outpu
 returns to its full length after the last layer, so everything behind sees what it expects.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,21 @@ from tubelet.models.interface import take_over
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipSpec:
+    """The clip that a model takes.
+
+    Args:
+        frames: Number of frames.
+        size: (height, width) in pixels.
+        argument: Name of the forward argument, [B, T, 3, H, W].
+    """
+
+    frames: int
+    size: tuple[int, int]
+    argument: str = "pixel_values"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderAdapter:
     """Facts about a family of video encoders in transformers.
 
@@ -41,6 +56,11 @@ class EncoderAdapter:
         missing: Capabilities the family lacks, with reasons.
         takes_positions: Layers take original positions as their second argument.
         pooler: Path of an attention pooler over the output tokens, if there is one.
+        fused_by_tubelet: The host has no fused attention; tubelet brings it, also without any
+            recipe.
+        config_class: Configuration class of the family in transformers.
+        presets: Published sizes by name, as changes to the configuration's defaults.
+        clip: What a model of a given configuration takes.
     """
 
     family: str
@@ -56,15 +76,25 @@ class EncoderAdapter:
     takes_positions: bool = False
     pooler: str | None = None
     fused_by_tubelet: bool = False
-    """The host has no fused attention; tubelet brings it, also without any recipe."""
+    config_class: str
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    clip: Callable[[Any], ClipSpec]
 
     def base_model(self, model: Any) -> Any:
         """The encoder below a task head."""
         return getattr(model, self.base, model)
 
+    def variants(self) -> dict[str, dict[str, str]]:
+        """What each kind of model in the family lacks, by the kind's name."""
+        return {self.family: self.missing}
+
+    def variant_of(self, settings: Mapping[str, Any]) -> str:
+        """Name of the kind that configuration settings describe."""
+        return self.family
+
     def lacks(self, model: Any) -> dict[str, str]:
         """Capabilities that this model does not offer, each with the reason."""
-        return self.missing
+        return self.variants()[self.variant_of(self.base_model(model).config.to_dict())]
 
     def sites(self, model: Any) -> list[Site]:
         """The embeddings, then every layer."""
@@ -256,7 +286,7 @@ class EncoderRuntime:
         sequence equals size-weighted pooling over what survived.
         """
         whole = [
-            g.origin or TokenAssignment.identity(*g.size.shape, g.size.device) for g in self.groups
+            g.origin or TokenAssignment.identity(g.batch, g.num, g.size.device) for g in self.groups
         ]
         self.handle.record_assignment(whole)
         if all(group.origin is None for group in self.groups):

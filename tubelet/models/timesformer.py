@@ -6,7 +6,7 @@ every layer, because frames and patches change within a layer. Tokens are put fr
 (place, time) order into raster order behind the embeddings and back after the last layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
 from tubelet.kernels.attention import attention
-from tubelet.models.encoder import EncoderAdapter, EncoderRuntime
+from tubelet.models.encoder import ClipSpec, EncoderAdapter, EncoderRuntime
 
 
 def _grid(base: Any, pixels: Tensor) -> TokenGrid:
@@ -28,21 +28,36 @@ def _grid(base: Any, pixels: Tensor) -> TokenGrid:
     return TokenGrid(frames=frames, height=height // patch, width=width // patch, before=1)
 
 
+def _clip(config: Any) -> ClipSpec:
+    return ClipSpec(frames=config.num_frames, size=(config.image_size, config.image_size))
+
+
 class TimesformerAdapter(EncoderAdapter):
     """TimeSformer's own routes for attention and layers."""
 
-    def lacks(self, model: Any) -> dict[str, str]:
-        kind = self.base_model(model).config.attention_type
-        if kind == "joint_space_time":
-            return {"divided": "this TimeSformer attends jointly over space and time"}
-        if kind == "divided_space_time":
-            return {
+    def variants(self) -> dict[str, dict[str, str]]:
+        alone = "space-only attention folds frames into the batch; nothing joins them"
+        everything = ("any subset", "grid", "pixels", "class token", "divided", "attention")
+        return {
+            "TimeSformer, divided": {
                 "any subset": "divided attention needs whole rows of frames and patches, so only "
                 "structured reductions (UniformPool, TESTA) run"
-            }
-        reason = "space-only attention folds frames into the batch; nothing joins them"
-        return dict.fromkeys(
-            ("any subset", "grid", "pixels", "class token", "divided", "attention"), reason
+            },
+            "TimeSformer, joint": {
+                "divided": "this TimeSformer attends jointly over space and time"
+            },
+            "TimeSformer, space-only": dict.fromkeys(everything, alone),
+        }
+
+    def variant_of(self, settings: Mapping[str, Any]) -> str:
+        kind = settings.get("attention_type", "divided_space_time")
+        return (
+            "TimeSformer, "
+            + {
+                "divided_space_time": "divided",
+                "joint_space_time": "joint",
+                "space_only": "space-only",
+            }[kind]
         )
 
     def kinds(self, model: Any) -> tuple[str, ...]:
@@ -78,7 +93,7 @@ class JointRuntime(EncoderRuntime):
         video = hidden[:, 1:].unflatten(1, (self.grid.frames, -1)).transpose(1, 2).flatten(1, 2)
         return torch.cat([hidden[:, :1], video], dim=1)
 
-    def take_over_attention(self, module: nn.Module, key: tuple[int, str]) -> None:
+    def take_over_attention(self, module: Any, key: tuple[int, str]) -> None:
         """Compute this module's attention with fused kernels, through the recipes."""
         heads, scale = module.num_heads, module.scale
 
@@ -228,4 +243,10 @@ ADAPTER = TimesformerAdapter(
     mlp_out="output",
     grid=_grid,
     fused_by_tubelet=True,
+    config_class="TimesformerConfig",
+    presets={
+        "timesformer-base": {},
+        "timesformer-base-joint": {"attention_type": "joint_space_time"},
+    },
+    clip=_clip,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from tubelet.core.grid import TokenGrid
-from tubelet.models.encoder import EncoderAdapter
+from tubelet.models.encoder import ClipSpec, EncoderAdapter
 
 
 def _grid(base: Any, pixels: Tensor) -> TokenGrid:
@@ -16,6 +16,10 @@ def _grid(base: Any, pixels: Tensor) -> TokenGrid:
         height=height // config.patch_size,
         width=width // config.patch_size,
     )
+
+
+def _clip(config: Any) -> ClipSpec:
+    return ClipSpec(frames=config.num_frames, size=(config.image_size, config.image_size))
 
 
 ADAPTER = EncoderAdapter(
@@ -32,4 +36,20 @@ ADAPTER = EncoderAdapter(
         "class token": "VideoMAE has no class token; it pools by the mean",
         "divided": "VideoMAE attends jointly over space and time",
     },
+    config_class="VideoMAEConfig",
+    presets={
+        "videomae-small": {
+            "hidden_size": 384,
+            "num_attention_heads": 6,
+            "intermediate_size": 1536,
+        },
+        "videomae-base": {},
+        "videomae-large": {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    },
+    clip=_clip,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from tubelet.core.grid import TokenGrid
-from tubelet.models.encoder import EncoderAdapter
+from tubelet.models.encoder import ClipSpec, EncoderAdapter
 
 
 def _grid(base: Any, pixels: Tensor) -> TokenGrid:
@@ -16,6 +16,14 @@ def _grid(base: Any, pixels: Tensor) -> TokenGrid:
         frames=max(frames // config.tubelet_size, 1),
         height=height // config.patch_size,
         width=width // config.patch_size,
+    )
+
+
+def _clip(config: Any) -> ClipSpec:
+    return ClipSpec(
+        frames=config.frames_per_clip,
+        size=(config.crop_size, config.crop_size),
+        argument="pixel_values_videos",
     )
 
 
@@ -35,4 +43,7 @@ ADAPTER = EncoderAdapter(
     },
     takes_positions=True,
     pooler="pooler",
+    config_class="VJEPA2Config",
+    presets={"vjepa2-large": {"frames_per_clip": 16}},
+    clip=_clip,
 )

@@ -1,0 +1,64 @@
+"""The ceiling of a token reduction: the same token counts, obtained by mere slicing."""
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tubelet.core.assignment import TokenAssignment
+from tubelet.core.context import Site, TokenContext
+from tubelet.core.recipe import Recipe, TokenReduction, param
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sliced(TokenReduction):
+    """Keep the first tokens at given places, without looking at any of them."""
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    kept: tuple[tuple[int, str, int], ...] = param((), "(layer, site kind, tokens left)")
+
+    def acts_on(self, site: Site) -> bool:
+        return any((layer, kind) == (site.layer, site.kind) for layer, kind, _ in self.kept)
+
+    def plan(self, ctx: TokenContext) -> TokenAssignment | None:
+        targets = {(layer, kind): left for layer, kind, left in self.kept}
+        left = targets[ctx.site.layer, ctx.site.kind]
+        if left >= ctx.num_tokens:
+            return None
+        first = torch.arange(left, device=ctx.hidden.device).expand(ctx.hidden.shape[0], left)
+        return TokenAssignment.keep(first, ctx.num_tokens)
+
+
+class CountLog:
+    """Notes how many tokens a recipe leaves at each site."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, str], list[int]] = defaultdict(list)
+
+    def watch(self, recipe: Recipe) -> Recipe:
+        """The same recipe, noting its counts here; other stages pass through."""
+        if not isinstance(recipe, TokenReduction):
+            return recipe
+        watched, plan = copy.copy(recipe), recipe.plan
+
+        def noting(ctx: TokenContext) -> Any:
+            result = plan(ctx)
+            left = ctx.num_tokens if result is None else result.num_out
+            self._seen[ctx.site.layer, ctx.site.kind].append(left)
+            return result
+
+        object.__setattr__(watched, "plan", noting)
+        return watched
+
+    def sliced(self) -> Sliced | None:
+        """The slicing with the same mean counts; None when nothing was noted."""
+        if not self._seen:
+            return None
+        kept = tuple(
+            (layer, kind, round(sum(left) / len(left)))
+            for (layer, kind), left in self._seen.items()
+        )
+        return Sliced(kept=kept)

@@ -1,0 +1,45 @@
+"""From a clip on disk to what a model takes."""
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from tubelet.models.load import LoadedModel
+from tubelet.video import Clip, normalise, read_clip, render_sample_clip, resize, sample_indices
+
+SAMPLE = "sample"
+"""Name of the clip that tubelet renders itself."""
+
+
+def open_clip(source: str | os.PathLike[str], loaded: LoadedModel) -> Clip:
+    """The frames that the model wants, at its size.
+
+    Args:
+        source: A video file, or "sample" for the rendered clip (a file of that name wins).
+        loaded: The model; sets the number of frames and their size.
+
+    Raises:
+        ClipError: The file is missing, corrupt, has no video, or too few frames.
+    """
+    spec = loaded.clip
+    if str(source) != SAMPLE or Path(source).exists():
+        return read_clip(os.fspath(source), num_frames=spec.frames, size=spec.size)
+    clip = render_sample_clip()
+    chosen = sample_indices(clip.times, spec.frames)
+    frames = resize(clip.frames[chosen], spec.size)
+    return Clip(frames, clip.times[chosen], "rendered sample clip", clip.fps)
+
+
+def model_inputs(clip: Clip, loaded: LoadedModel) -> dict[str, Tensor]:
+    """Keyword arguments of the model's forward for one clip, [1, T, 3, H, W]."""
+    parameter = next(loaded.model.parameters())
+    pixels = normalise(clip.frames, loaded.mean, loaded.std)[None]
+    return {loaded.clip.argument: pixels.to(parameter.device, parameter.dtype)}
+
+
+def describe(clip: Clip) -> str:
+    """Name and shape, in words."""
+    frames, _, height, width = clip.frames.shape
+    name = Path(clip.source).name if Path(clip.source).exists() else clip.source
+    return f"{name}, {frames} frames of {height}x{width}"

@@ -1,0 +1,244 @@
+"""`compare`: the dense model first, then each recipe, on the same input."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tubelet.bench.ceiling import CountLog
+from tubelet.bench.environment import environment
+from tubelet.bench.measure import count_macs, interleaved, median, peak_memory, seconds
+from tubelet.bench.result import Comparison, Row
+from tubelet.core.assignment import TokenAssignment
+from tubelet.core.errors import RecipeError, ShapeError
+from tubelet.core.recipe import Recipe, TokenReduction
+from tubelet.core.report import Report
+from tubelet.models.accelerate import accelerate
+from tubelet.models.catalogue import adapter_for
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, the steps done and the steps in total."""
+
+Combination = Recipe | Sequence[Recipe]
+
+
+@dataclass
+class _Variant:
+    name: str
+    recipes: tuple[Recipe, ...]
+    sliced: tuple[Recipe, ...] | None = None
+    output: Tensor | None = None
+    report: Report | None = None
+    assignment: list[TokenAssignment] | None = None
+    macs: int = 0
+    memory: int = 0
+
+
+def compare(
+    model: Any,
+    inputs: Tensor | Mapping[str, Tensor],
+    recipes: Sequence[Combination],
+    *,
+    repeats: int = 5,
+    ceiling: bool = True,
+    name: str | None = None,
+    description: str | None = None,
+    random_weights: bool = False,
+    progress: Progress | None = None,
+    assignments: dict[str, list[TokenAssignment]] | None = None,
+) -> Comparison:
+    """Measure what recipes cost and change, against the dense model of the same run.
+
+    Args:
+        model: A supported model in eval mode.
+        inputs: The clip as the model takes it, or keyword arguments of its forward.
+        recipes: Recipes, or sequences of recipes that work together.
+        repeats: Timed runs per variant, >= 1; variants take turns.
+        ceiling: Also time each variant with its token counts merely sliced off.
+        name: Name of the model in the result, default its class name.
+        description: The input in words.
+        random_weights: State that the weights were never trained.
+        progress: Called before every step.
+        assignments: Filled with where the tokens of each variant went.
+
+    Returns:
+        The comparison; `table()`, `to_json(path)` and `to_html(path)` show it.
+
+    Raises:
+        ShapeError: The input holds NaN or infinite values.
+        RecipeError: No recipe was given, or `repeats` is below 1.
+        UnsupportedError, NoMatchingSitesError, ConflictError: A recipe cannot run on this model;
+            raised before anything is measured.
+    """
+    arguments = _checked(inputs)
+    if not recipes or repeats < 1:
+        raise RecipeError(f"compare needs recipes and repeats >= 1, got {len(recipes)}, {repeats}")
+    device = next(iter(arguments.values())).device
+    variants = [_Variant("dense", ())] + [_variant(choice) for choice in recipes]
+    for variant in variants[1:]:
+        # Refusals must come before minutes of measuring.
+        accelerate(model, *variant.recipes).remove()
+    timed = len(variants) * (1 + ceiling)
+    steps = _Steps(progress, 3 * len(variants) + timed * (repeats + 1))
+    with torch.inference_mode():
+        for variant in variants:
+            _observe(model, arguments, device, variant, steps)
+        runs, of = _runs(model, arguments, device, variants, ceiling)
+        interleaved(runs, 1, lambda: steps("warming up"))
+        samples = interleaved(runs, repeats, lambda: steps("timing"))
+    latency = {key: median(seen) for key, seen in zip(of, samples, strict=True)}
+    seen = dict(zip(of, samples, strict=True))
+    full_length = _full_length(model, variants[1])
+    rows = [_row(variant, variants[0], latency, seen, full_length) for variant in variants]
+    if assignments is not None:
+        assignments.update({v.name: v.assignment for v in variants if v.assignment})
+    first = next(iter(arguments.values()))
+    return Comparison(
+        model=name or type(model).__name__,
+        random_weights=random_weights,
+        input=description or "x".join(str(n) for n in first.shape),
+        dtype=str(first.dtype).removeprefix("torch."),
+        repeats=repeats,
+        environment=environment(device),
+        rows=rows,
+        notes=_notes(model, random_weights),
+    )
+
+
+def on_model(model: Any, recipes: Sequence[Recipe]) -> AbstractContextManager[Any]:
+    """The model with recipes; without any, dense with the fused attention of the comparison."""
+    if recipes or getattr(adapter_for(model), "fused_by_tubelet", False):
+        return accelerate(model, *recipes)
+    return nullcontext()
+
+
+def output_of(result: Any) -> Tensor:
+    """[B, ...] float32 output that is compared: logits, else the last hidden state."""
+    logits = getattr(result, "logits", None)
+    chosen = result.last_hidden_state if logits is None else logits
+    return chosen.detach().float()
+
+
+def _checked(inputs: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    arguments = {"pixel_values": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    for name, value in arguments.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ShapeError(f"{name} holds NaN or infinite values")
+    return arguments
+
+
+def _variant(choice: Combination) -> _Variant:
+    recipes = (choice,) if isinstance(choice, Recipe) else tuple(choice)
+    return _Variant(" + ".join(str(recipe) for recipe in recipes), recipes)
+
+
+class _Steps:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, what: str) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(what, self._done, self._total)
+
+
+def _observe(
+    model: Any, arguments: dict[str, Tensor], device: torch.device, variant: _Variant, steps: _Steps
+) -> None:
+    """Everything but time: output, report, counts of the ceiling, MACs, memory."""
+    log = CountLog()
+    steps(f"running {variant.name}")
+    with on_model(model, [log.watch(recipe) for recipe in variant.recipes]) as handle:
+        variant.output = output_of(model(**arguments))
+        if handle is not None:
+            variant.report, variant.assignment = handle.report(), handle.assignment
+    cut = log.sliced()
+    others = [r for r in variant.recipes if not isinstance(r, TokenReduction)]
+    variant.sliced = None if cut is None else (cut, *others)
+    with on_model(model, variant.recipes):
+        steps(f"counting {variant.name}")
+        variant.macs = count_macs(lambda: model(**arguments))
+        steps(f"weighing {variant.name}")
+        variant.memory = peak_memory(lambda: model(**arguments), device)
+
+
+def _runs(
+    model: Any,
+    arguments: dict[str, Tensor],
+    device: torch.device,
+    variants: Sequence[_Variant],
+    ceiling: bool,
+) -> tuple[list[Callable[[], float]], list[tuple[str, bool]]]:
+    """Timed runs, and for each its variant and whether it is the ceiling."""
+
+    def timed(recipes: Sequence[Recipe]) -> Callable[[], float]:
+        def run() -> float:
+            with on_model(model, recipes):
+                return seconds(lambda: model(**arguments), device)
+
+        return run
+
+    runs = [timed(variant.recipes) for variant in variants]
+    of = [(variant.name, False) for variant in variants]
+    for variant in variants:
+        if ceiling and variant.sliced is not None:
+            runs.append(timed(variant.sliced))
+            of.append((variant.name, True))
+    return runs, of
+
+
+def _row(
+    variant: _Variant,
+    dense: _Variant,
+    latency: dict[tuple[str, bool], float],
+    samples: dict[tuple[str, bool], list[float]],
+    full_length: list[float],
+) -> Row:
+    assert variant.output is not None
+    assert dense.output is not None
+    base, own = latency[dense.name, False], latency[variant.name, False]
+    cut = latency.get((variant.name, True))
+    a, b = variant.output.flatten(1), dense.output.flatten(1)
+    logits = variant.output.ndim == 2
+    agree = (variant.output.argmax(-1) == dense.output.argmax(-1)).float().mean()
+    report = {} if variant.report is None else variant.report.to_dict()
+    tokens = report.get("tokens_per_layer") or full_length
+    return Row(
+        name=variant.name,
+        latency=own,
+        samples=samples[variant.name, False],
+        speedup=base / own,
+        ceiling=None if cut is None else base / cut,
+        tokens_per_layer=tokens,
+        macs=variant.macs,
+        memory=variant.memory,
+        cosine=float(torch.cosine_similarity(a, b, dim=1).mean()),
+        top1=float(agree) if logits else None,
+        error=float((a - b).norm() / b.norm()),
+        report=report,
+    )
+
+
+def _full_length(model: Any, variant: _Variant) -> list[float]:
+    """Tokens entering each layer of the dense model."""
+    assert variant.report is not None
+    layers = adapter_for(model).sites(model)[0].num_layers
+    return [float(variant.report.tokens_in)] * layers
+
+
+def _notes(model: Any, random_weights: bool) -> list[str]:
+    notes = []
+    if random_weights:
+        notes.append(
+            "random weights: speed and token counts are real, agreement of the outputs is not "
+            "a measure of quality"
+        )
+    if getattr(adapter_for(model), "fused_by_tubelet", False):
+        notes.append(
+            "the host has no fused attention; the dense baseline runs with tubelet's, so that "
+            "recipes get no credit for it"
+        )
+    return notes

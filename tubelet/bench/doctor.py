@@ -1,0 +1,83 @@
+"""What works on this machine, what is missing and how to get it."""
+
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from tubelet.bench.environment import hardware, version_of
+from tubelet.core.block_mask import BlockMask
+from tubelet.kernels.attention import IMPLEMENTATIONS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and what to do if it is not fine."""
+
+    what: str
+    found: str
+    fine: bool
+    advice: str = ""
+
+
+_OPTIONAL = (
+    ("transformers", "hf", "video encoders and video LLMs"),
+    ("diffusers", "hf", "video diffusion transformers"),
+    ("matplotlib", "plot", "plots in reports"),
+    ("triton", "cuda", "Triton kernels (Linux with a GPU)"),
+    ("flash-attn-4", "cuda", "FlashAttention-4 on Hopper and Blackwell"),
+)
+
+
+def examine() -> list[Finding]:
+    """Look at the machine; nothing is changed."""
+    findings = [
+        Finding("python", platform.python_version(), True),
+        Finding("torch", torch.__version__, True),
+        Finding("processor", hardware(torch.device("cpu")), True),
+        _gpu(),
+    ]
+    for package, extra, purpose in _OPTIONAL:
+        version = version_of(package)
+        advice = "" if version else f'for {purpose}: pip install "tubelet[{extra}]"'
+        findings.append(Finding(package, version or "missing", version is not None, advice))
+    if version_of("torchvision") and torch.version.cuda is None:
+        advice = "beside a CPU-only torch it breaks transformers and diffusers; uninstall it"
+        findings.append(Finding("torchvision", version_of("torchvision") or "", False, advice))
+    return findings + _kernels()
+
+
+def to_dict(findings: list[Finding]) -> list[dict[str, Any]]:
+    """JSON-ready."""
+    return [asdict(finding) for finding in findings]
+
+
+def _gpu() -> Finding:
+    if torch.cuda.is_available():
+        return Finding("gpu", torch.cuda.get_device_name(), True)
+    return Finding("gpu", "none", True, "everything runs on the CPU; kernels for GPUs stay unused")
+
+
+def _kernels() -> list[Finding]:
+    """What each attention implementation takes here, asked of the code that decides."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    findings = []
+    for name, module in IMPLEMENTATIONS.items():
+        for device in devices:
+            taken = []
+            for what, block in (("dense", None), ("block lists", 128)):
+                reason = None if name == "reference" else _refusal(module, device, block)
+                taken.append(what if reason is None else f"no {what} ({reason})")
+            findings.append(Finding(f"attention {name} on {device}", "; ".join(taken), True))
+    return findings
+
+
+def _refusal(module: Any, device: str, block: int | None) -> str | None:
+    q = torch.zeros(1, 1, 256, 64, device=device, dtype=torch.bfloat16)
+    mask = None
+    if block is not None:
+        kept = torch.ones(1, 1, 256 // block, 256 // block, dtype=torch.bool)
+        mask = BlockMask.from_dense(kept, block=(block, block), num_queries=256, num_keys=256)
+    with torch.no_grad():
+        return module.refuses(q, q, q, mask, False)

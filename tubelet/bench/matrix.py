@@ -1,0 +1,55 @@
+"""Which recipe runs on which model, and why not where it does not."""
+
+from dataclasses import fields
+from typing import Any
+
+from tubelet.core.recipe import Recipe, describe_type
+from tubelet.models.catalogue import adapters, refusal
+from tubelet.models.encoder import EncoderAdapter
+from tubelet.recipes import catalogue
+
+
+def support() -> list[dict[str, Any]]:
+    """One entry per model variant: name, classes, presets, and recipe -> reason or None."""
+    return [
+        {
+            "model": variant,
+            "classes": list(adapter.classes),
+            "presets": [n for n, s in adapter.presets.items() if adapter.variant_of(s) == variant],
+            "recipes": {name: refusal(cls, lacks) for name, cls in catalogue().items()},
+        }
+        for adapter in adapters()
+        if isinstance(adapter, EncoderAdapter)
+        for variant, lacks in adapter.variants().items()
+    ]
+
+
+def methods() -> list[dict[str, Any]]:
+    """One entry per recipe: citation, stage, fields with defaults, identity, verification."""
+    return [
+        {
+            "name": name,
+            "summary": (cls.__doc__ or "").strip().splitlines()[0],
+            "paper": None if cls.paper is None else str(cls.paper),
+            "url": None if cls.paper is None else cls.paper.url,
+            "stage": cls.stage,
+            "needs": sorted(cls.requires),
+            "identity": cls.identity,
+            "verified": cls.verified,
+            "fields": _fields(cls),
+        }
+        for name, cls in catalogue().items()
+    ]
+
+
+def _fields(cls: type[Recipe]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": field.name,
+            "type": describe_type(cls, field.name),
+            "default": field.default,
+            "bounds": field.metadata["bounds"],
+            "doc": field.metadata["doc"],
+        }
+        for field in fields(cls)
+    ]

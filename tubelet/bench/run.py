@@ -1,0 +1,123 @@
+"""The main job: one clip, one model, several recipes, a folder with the report."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tubelet.bench.clip_inputs import describe, model_inputs, open_clip
+from tubelet.bench.compare import Progress, compare
+from tubelet.bench.pictures import strips
+from tubelet.bench.result import Comparison
+from tubelet.core.assignment import TokenAssignment
+from tubelet.core.errors import TubeletError, UnsupportedError
+from tubelet.core.recipe import Recipe
+from tubelet.models.catalogue import adapter_for
+from tubelet.models.encoder import EncoderAdapter
+from tubelet.models.load import load_model
+from tubelet.recipes import parse
+
+DEFAULT_RECIPES = (
+    "ToMe(r=100, inflection=-1.0)",
+    "VidTLDR",
+    "EVAD",
+    "RLT",
+    "UniformPool",
+    "RandomDrop",
+)
+"""What runs when no recipe is named: each takes videomae-base to about half of its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `tubelet compare` was asked for; see its options."""
+
+    clip: str
+    model: str
+    recipes: tuple[str, ...]
+    out: Path
+    repeats: int
+    dtype: str
+    device: str
+    seed: int
+    ceiling: bool
+
+
+def run_comparison(request: Request, progress: Progress) -> Comparison:
+    """Compare and write `report.json` and `report.html` into the folder.
+
+    Everything that can be wrong with the request is checked before the model runs.
+
+    Raises:
+        TubeletError: Wrong clip, model, recipe, device or folder; nothing is written then.
+    """
+    combinations = [_combination(text) for text in request.recipes or DEFAULT_RECIPES]
+    _check_folder(request.out)
+    device = _device(request.device)
+    progress("loading the model", 0, 1)
+    dtype = getattr(torch, request.dtype)
+    loaded = load_model(request.model, dtype=dtype, device=device, seed=request.seed)
+    progress("decoding the clip", 0, 1)
+    clip = open_clip(request.clip, loaded)
+    inputs = model_inputs(clip, loaded)
+    assignments: dict[str, list[TokenAssignment]] = {}
+    comparison = compare(
+        loaded.model,
+        inputs,
+        combinations,
+        repeats=request.repeats,
+        ceiling=request.ceiling,
+        name=loaded.name,
+        description=describe(clip),
+        random_weights=loaded.random_weights,
+        progress=progress,
+        assignments=assignments,
+    )
+    adapter = adapter_for(loaded.model)
+    assert isinstance(adapter, EncoderAdapter)
+    base = adapter.base_model(loaded.model)
+    grid = adapter.grid(base, next(iter(inputs.values())))
+    shrunk = {n: parts for n, parts in assignments.items() if parts[0].num_out < parts[0].num_in}
+    request.out.mkdir(parents=True, exist_ok=True)
+    comparison.to_json(request.out / "report.json")
+    comparison.to_html(request.out / "report.html", strips(clip.frames, grid, shrunk))
+    return comparison
+
+
+def _combination(text: str) -> list[Recipe]:
+    """Recipes joined by +, outside of parentheses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "+" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [parse(part) for part in parts]
+
+
+def _check_folder(out: Path) -> None:
+    """Raise unless files can be written there; a folder made for the test is removed again."""
+    existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(0, "it is not a folder")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise TubeletError(f"cannot write to {out}: {error.strerror or error}") from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UnsupportedError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnsupportedError(
+            f"device {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA GPUs"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+    return device
