@@ -47,6 +47,7 @@ def compare(
     name: str | None = None,
     description: str | None = None,
     random_weights: bool = False,
+    notes: Sequence[str] = (),
     progress: Progress | None = None,
     assignments: dict[str, list[TokenAssignment]] | None = None,
 ) -> Comparison:
@@ -61,6 +62,7 @@ def compare(
         name: Name of the model in the result, default its class name.
         description: The input in words.
         random_weights: State that the weights were never trained.
+        notes: Further things that a reader must know.
         progress: Called before every step.
         assignments: Filled with where the tokens of each variant went.
 
@@ -104,7 +106,7 @@ def compare(
         repeats=repeats,
         environment=environment(device),
         rows=rows,
-        notes=_notes(model, random_weights),
+        notes=[*notes, *_notes(model, random_weights)],
     )
 
 

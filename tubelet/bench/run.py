@@ -56,6 +56,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     _check_folder(request.out)
     device = _device(request.device)
     progress("loading the model", 0, 1)
+    _hush_transformers()
     dtype = getattr(torch, request.dtype)
     loaded = load_model(request.model, dtype=dtype, device=device, seed=request.seed)
     progress("decoding the clip", 0, 1)
@@ -73,6 +74,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
         random_weights=loaded.random_weights,
         progress=progress,
         assignments=assignments,
+        notes=loaded.notes,
     )
     adapter = adapter_for(loaded.model)
     assert isinstance(adapter, EncoderAdapter)
@@ -107,6 +109,14 @@ def _check_folder(out: Path) -> None:
             pass
     except OSError as error:
         raise TubeletError(f"cannot write to {out}: {error.strerror or error}") from None
+
+
+def _hush_transformers() -> None:
+    # Its bars and tables would break the one-line errors; what matters becomes a note.
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _device(name: str) -> torch.device:

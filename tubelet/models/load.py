@@ -1,6 +1,7 @@
 """Models by name: architecture presets with random weights, Hugging Face ids, local folders."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class LoadedModel:
         random_weights: True for presets: the weights were never trained.
         clip: Frames, size and argument name.
         mean, std: Pixel normalisation per channel, on pixels in [0, 1].
+        notes: What a reader of its results must know.
     """
 
     model: Any
@@ -32,6 +34,7 @@ class LoadedModel:
     clip: ClipSpec
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    notes: tuple[str, ...] = ()
 
 
 def presets() -> dict[str, EncoderAdapter]:
@@ -89,7 +92,9 @@ def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device) -> Loa
         )
     try:
         config = AutoConfig.from_pretrained(name)
-        model = AutoModelForVideoClassification.from_pretrained(name, dtype=dtype)
+        model, loading = AutoModelForVideoClassification.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
     except Exception as error:
         # The hub client, safetensors and transformers each raise their own kinds.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -104,7 +109,16 @@ def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device) -> Loa
         clip=adapter.clip(config),
         mean=mean,
         std=std,
+        notes=_missing(loading["missing_keys"]),
     )
+
+
+def _missing(keys: Iterable[str]) -> tuple[str, ...]:
+    keys = sorted(keys)
+    if not keys:
+        return ()
+    shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    return (f"{len(keys)} weights are not in the checkpoint and are random: {shown}",)
 
 
 def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

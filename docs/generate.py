@@ -1,0 +1,101 @@
+"""Write the generated parts of README.md and docs/methods.md from the code.
+
+    python docs/generate.py            write them
+    python docs/generate.py --check    exit 1 if they are out of date
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from tubelet.bench.matrix import methods, support
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+
+
+def methods_table() -> str:
+    """Name, paper and first sentence of each recipe."""
+    lines = ["| recipe | paper | what it does |", "|---|---|---|"]
+    for row in methods():
+        paper = f"[{row['paper']}]({row['url']})" if row["url"] else row["paper"]
+        lines.append(f"| `{row['name']}` | {paper} | {row['summary']} |")
+    return "\n".join(lines)
+
+
+def support_table() -> str:
+    """Recipes against models."""
+    rows = support()
+    names = list(rows[0]["recipes"])
+    lines = ["| model | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        marks = ["yes" if reason is None else "-" for reason in row["recipes"].values()]
+        lines.append(f"| {row['model']} | " + " | ".join(marks) + " |")
+    return "\n".join(lines)
+
+
+def refusals() -> str:
+    """Why a recipe does not run on a model, each reason once."""
+    seen: dict[tuple[str, str], list[str]] = {}
+    for row in support():
+        for name, reason in row["recipes"].items():
+            if reason is not None:
+                seen.setdefault((row["model"], reason), []).append(name)
+    return "\n".join(
+        f"- {model}: {', '.join(names)} {'needs' if len(names) == 1 else 'need'} "
+        f"{reason.removeprefix('needs ')}"
+        for (model, reason), names in seen.items()
+    )
+
+
+def details() -> str:
+    """Fields of every recipe, with defaults and ranges."""
+    parts = []
+    for row in methods():
+        identity = ", ".join(f"{k}={v!r}" for k, v in row["identity"].items())
+        head = f"### {row['name']}\n\n{row['summary']}\n\nEquals the dense model at `{identity}`. "
+        head += f"Verified against: {row['verified']}.\n"
+        table = ["| field | default | range | meaning |", "|---|---|---|---|"]
+        for field in row["fields"]:
+            bounds = " and ".join(f"{sign} {bound}" for sign, bound in field["bounds"].items())
+            shown = _short(field["default"])
+            table.append(f"| `{field['name']}` | `{shown}` | {bounds or '-'} | {field['doc']} |")
+        parts.append(head + "\n" + "\n".join(table))
+    return "\n\n".join(parts)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(_short(v) for v in value) + ")"
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
+SECTIONS = {
+    "methods": methods_table,
+    "support": support_table,
+    "refusals": refusals,
+    "details": details,
+}
+
+
+def fill(text: str) -> str:
+    """`text` with every `<!-- generated: NAME -->` section rewritten."""
+
+    def section(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{SECTIONS[match[2]]()}\n{match[3]}"
+
+    pattern = r"(<!-- generated: (\w+) -->)\n.*?(<!-- end -->)"
+    return re.sub(pattern, section, text, flags=re.S)
+
+
+def main() -> None:
+    """Write or check."""
+    stale = [path for path in TARGETS if fill(path.read_text()) != path.read_text()]
+    if "--check" in sys.argv[1:]:
+        sys.exit(f"out of date: {', '.join(p.name for p in stale)}; run make docs" if stale else 0)
+    for path in stale:
+        path.write_text(fill(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
