@@ -1,7 +1,7 @@
 """Write the generated parts of README.md and docs/methods.md from the code.
 
-    python docs/generate.py            write them
-    python docs/generate.py --check    exit 1 if they are out of date
+python docs/generate.py            write them
+python docs/generate.py --check    exit 1 if they are out of date
 """
 
 import re

@@ -101,6 +101,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path(
         "out"
     ),
+    batch: Annotated[int, typer.Option(min=1, help="Copies of the clip in one forward.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs per variant.")] = 5,
     dtype: Annotated[Precision, typer.Option(help="Precision of the model.")] = Precision.bfloat16,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -116,6 +117,7 @@ def compare(
         model=model,
         recipes=tuple(recipe or ()),
         out=out,
+        batch=batch,
         repeats=repeats,
         dtype=dtype.value,
         device=device,

@@ -31,15 +31,17 @@ def open_clip(source: str | os.PathLike[str], loaded: LoadedModel) -> Clip:
     return Clip(frames, clip.times[chosen], "rendered sample clip", clip.fps)
 
 
-def model_inputs(clip: Clip, loaded: LoadedModel) -> dict[str, Tensor]:
-    """Keyword arguments of the model's forward for one clip, [1, T, 3, H, W]."""
+def model_inputs(clip: Clip, loaded: LoadedModel, batch: int = 1) -> dict[str, Tensor]:
+    """Keyword arguments of the model's forward, [batch, T, 3, H, W] copies of one clip."""
     parameter = next(loaded.model.parameters())
     pixels = normalise(clip.frames, loaded.mean, loaded.std)[None]
-    return {loaded.clip.argument: pixels.to(parameter.device, parameter.dtype)}
+    pixels = pixels.to(parameter.device, parameter.dtype).repeat(batch, 1, 1, 1, 1)
+    return {loaded.clip.argument: pixels}
 
 
-def describe(clip: Clip) -> str:
+def describe(clip: Clip, batch: int = 1) -> str:
     """Name and shape, in words."""
     frames, _, height, width = clip.frames.shape
     name = Path(clip.source).name if Path(clip.source).exists() else clip.source
-    return f"{name}, {frames} frames of {height}x{width}"
+    copies = f", batch {batch}" if batch > 1 else ""
+    return f"{name}, {frames} frames of {height}x{width}{copies}"

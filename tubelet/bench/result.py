@@ -2,12 +2,11 @@
 
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tubelet.core.errors import TubeletError
+from tubelet.core.files import write_whole
 
 SCHEMA = 1
 
@@ -113,22 +112,3 @@ class Comparison:
         from tubelet.bench.table import text_table
 
         return text_table(self)
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file by way of a temporary one beside it.
-
-    Raises:
-        TubeletError: The folder cannot be written.
-    """
-    target = Path(path)
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, target)
-    except OSError as error:
-        raise TubeletError(f"cannot write {target}: {error.strerror or error}") from None
-    return target

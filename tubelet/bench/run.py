@@ -37,6 +37,7 @@ class Request:
     model: str
     recipes: tuple[str, ...]
     out: Path
+    batch: int
     repeats: int
     dtype: str
     device: str
@@ -61,7 +62,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     loaded = load_model(request.model, dtype=dtype, device=device, seed=request.seed)
     progress("decoding the clip", 0, 1)
     clip = open_clip(request.clip, loaded)
-    inputs = model_inputs(clip, loaded)
+    inputs = model_inputs(clip, loaded, request.batch)
     assignments: dict[str, list[TokenAssignment]] = {}
     comparison = compare(
         loaded.model,
@@ -70,7 +71,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
         repeats=request.repeats,
         ceiling=request.ceiling,
         name=loaded.name,
-        description=describe(clip),
+        description=describe(clip, request.batch),
         random_weights=loaded.random_weights,
         progress=progress,
         assignments=assignments,

@@ -108,11 +108,8 @@ class BlockMask:
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
         dense, (bq, bk) = self.to_dense(), self.block
-        shared_batch, shared_head = dense.shape[0] == 1, dense.shape[1] == 1
-
-        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return dense[b * (not shared_batch), h * (not shared_head), q // bq, k // bk]
-
+        # Factors of 0 send every sample or head to a shared mask.
+        batch, head = int(dense.shape[0] > 1), int(dense.shape[1] > 1)
         lists = BlockMask.from_dense(
             dense, block=self.block, num_queries=self.num_queries, num_keys=self.num_keys
         )
@@ -120,7 +117,7 @@ class BlockMask:
             lists.counts,
             lists.indices,
             BLOCK_SIZE=self.block,
-            mask_mod=mask_mod,
+            mask_mod=lambda b, h, q, k: dense[b * batch, h * head, q // bq, k // bk],
             seq_lengths=(self.num_queries, self.num_keys),
         )
 

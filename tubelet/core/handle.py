@@ -1,14 +1,18 @@
 """Putting recipes on a model and taking them off again."""
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site
 from tubelet.core.errors import NoEffectWarning
+from tubelet.core.grid import TokenGrid
 from tubelet.core.recipe import Recipe
 from tubelet.core.report import Report
+from tubelet.core.saved import SavedPlan
 
 CAPABILITIES = {
     "any subset": "attention that takes any subset of the tokens",
@@ -54,10 +58,12 @@ class Handle:
         >>> print(handle.report())
     """
 
-    def __init__(self, model: Any, recipes: Sequence[Recipe]) -> None:
+    def __init__(self, model: Any, recipes: Sequence[Recipe], num_layers: int = 0) -> None:
         self._undo: list[Callable[[], object]] = []
         self._report = Report(type(model).__name__, tuple(str(recipe) for recipe in recipes))
         self._recipes = tuple(recipes)
+        self._num_layers = num_layers
+        self._grid: TokenGrid | None = None
         self._assignment: list[TokenAssignment] | None = None
 
     def on_remove(self, undo: Callable[[], object]) -> None:
@@ -67,6 +73,24 @@ class Handle:
     def report(self) -> Report:
         """What fired where, since `accelerate`."""
         return self._report
+
+    def record_grid(self, grid: TokenGrid) -> None:
+        """Keep the geometry of the latest run (called by adapters)."""
+        self._grid = grid
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write recipes, model and geometry to one small file; `tubelet.load_plan` reads it.
+
+        Raises:
+            TubeletError: The folder cannot be written.
+        """
+        plan = SavedPlan(
+            recipes=self._recipes,
+            model=self._report.model,
+            num_layers=self._num_layers,
+            grid=self._grid,
+        )
+        return plan.save(path)
 
     def record_assignment(self, assignment: list[TokenAssignment]) -> None:
         """Keep where the tokens of the latest run went (called by adapters)."""

@@ -13,6 +13,7 @@ parameters as fields made with `param`, which hold their own ranges.
 
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -95,7 +96,7 @@ class Recipe(ABC):
             if value is _BAD:
                 raise RecipeError(
                     f"{self.name}.{field.name} must be {describe_type(type(self), field.name)}, "
-                    f"got {getattr(self, field.name)!r}"
+                    f"got {_shown(getattr(self, field.name))}"
                 )
             object.__setattr__(self, field.name, value)
             _check_bounds(self.name, field, value)
@@ -178,6 +179,9 @@ class KVPolicy(Recipe):
 
 _BAD = object()
 
+_LARGEST = 2**63
+"""Beyond it an integer is a slip, and many operations on it overflow."""
+
 
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -205,9 +209,19 @@ def _coerce(value: Any, hint: Any) -> Any:
         return None if value is None else _BAD
     if isinstance(value, bool) or hint is bool:
         return value if isinstance(value, bool) and hint is bool else _BAD
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return _BAD
     if hint is float and isinstance(value, int):
         return float(value)
     return value if isinstance(value, hint) else _BAD
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        # Python refuses to print integers of thousands of digits.
+        return "a huge number"
 
 
 def _check_bounds(owner: str, field: dataclasses.Field[Any], value: Any) -> None:

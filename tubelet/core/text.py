@@ -22,6 +22,7 @@ def parse_recipe(text: str, known: Mapping[str, type[Recipe]]) -> Recipe:
         name, arguments = _name_and_arguments(tree)
         values = {key: ast.literal_eval(value) for key, value in arguments.items()}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        # Literals can fail in all of these ways; none of them is the caller's business.
         raise RecipeError(
             f"cannot read recipe {text!r}; write a name and fields, such as ToMe(r=8)"
         ) from None
@@ -34,7 +35,7 @@ def build_recipe(name: str, values: Mapping[str, Any], known: Mapping[str, type[
     Raises:
         RecipeError: An unknown recipe or field, or a value out of range.
     """
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise RecipeError(f"unknown recipe {name!r}{_nearest(name, list(known))}")
     fields = [field.name for field in dataclasses.fields(known[name])]
     for key in values:
@@ -57,13 +58,13 @@ def _name_and_arguments(tree: ast.expr) -> tuple[str, dict[str, ast.expr]]:
     if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name)) or tree.args:
         raise ValueError
     arguments = {keyword.arg: keyword.value for keyword in tree.keywords}
-    if None in arguments:
+    if None in arguments or len(arguments) < len(tree.keywords):
         raise ValueError
     return tree.func.id, {str(key): value for key, value in arguments.items()}
 
 
 def _nearest(word: str, known: list[str]) -> str:
     lowered = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(word.lower(), list(lowered), n=1)
+    close = difflib.get_close_matches(str(word).lower(), list(lowered), n=1)
     hint = f"; did you mean {lowered[close[0]]}?" if close else ""
     return f"{hint or ';'} known: {', '.join(known)}"

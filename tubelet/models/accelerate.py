@@ -12,12 +12,13 @@ from tubelet.core.errors import (
 )
 from tubelet.core.handle import Handle, ModelAdapter
 from tubelet.core.recipe import Recipe
+from tubelet.core.saved import SavedPlan
 from tubelet.models.catalogue import adapter_for, refusal
 
 _active: "WeakKeyDictionary[Any, Handle]" = WeakKeyDictionary()
 
 
-def accelerate(model: Any, *recipes: Recipe) -> Handle:
+def accelerate(model: Any, *recipes: Recipe | SavedPlan) -> Handle:
     """Put recipes on a model until the handle is removed.
 
     The model is changed in place by hooks and setters, and `handle.remove()` (or leaving the
@@ -26,30 +27,51 @@ def accelerate(model: Any, *recipes: Recipe) -> Handle:
 
     Args:
         model: A supported model in eval mode; see `tubelet models`.
-        recipes: One or more recipes. None at all is allowed only where tubelet brings fused
-            attention that the host lacks (TimeSformer).
+        recipes: One or more recipes, or a plan from `load_plan`. None at all is allowed only
+            where tubelet brings fused attention that the host lacks (TimeSformer).
 
     Returns:
         The handle, also a context manager.
 
     Raises:
-        UnsupportedError: The model is unknown, or lacks what a recipe needs.
+        UnsupportedError: The model is unknown, lacks what a recipe needs, or is not the kind
+            that a loaded plan was made for.
         NoMatchingSitesError: A recipe found no place to act.
         ConflictError: Two recipes want the same stage at the same site, or the model is
             accelerated already.
         RecipeError: What was given is not a recipe.
     """
     adapter = adapter_for(model)
-    _check(model, adapter, recipes)
-    handle = Handle(model, recipes)
+    chosen = _unpacked(model, adapter, recipes)
+    _check(model, adapter, chosen)
+    handle = Handle(model, chosen, adapter.sites(model)[0].num_layers)
     try:
-        adapter.install(model, recipes, handle)
+        adapter.install(model, chosen, handle)
     except BaseException:
         handle.remove()
         raise
     _active[model] = handle
     handle.on_remove(lambda: _active.pop(model, None))
     return handle
+
+
+def _unpacked(
+    model: Any, adapter: ModelAdapter, given: tuple[Recipe | SavedPlan, ...]
+) -> tuple[Recipe, ...]:
+    """The recipes themselves; a plan for another kind of model is refused."""
+    recipes: list[Recipe] = []
+    for item in given:
+        if not isinstance(item, SavedPlan):
+            recipes.append(item)
+            continue
+        host = (type(model).__name__, adapter.sites(model)[0].num_layers)
+        if (item.model, item.num_layers) != host:
+            raise UnsupportedError(
+                f"this plan was made for {item.model} with {item.num_layers} layers, not for "
+                f"{host[0]} with {host[1]}"
+            )
+        recipes.extend(item.recipes)
+    return tuple(recipes)
 
 
 def _check(model: Any, adapter: ModelAdapter, recipes: tuple[Recipe, ...]) -> None:

@@ -182,6 +182,7 @@ class EncoderRuntime:
         self.packed, self.dropped, self.reduced = False, None, None
         self.statistics.clear()
         self.handle.report().start_run(self.grid.num_tokens)
+        self.handle.record_grid(self.grid)
         reduced = self.reduce((-1, "input"), output, pixels=pixels)
         return output if reduced is None else reduced
 

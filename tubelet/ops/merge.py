@@ -47,8 +47,12 @@ def bipartite_match(
         Token merging (Bolya et al., 2023, arXiv:2210.09461).
     """
     batch, sources, destinations = similarity.shape
-    if not 0 <= r <= sources or destinations == 0:
-        raise ShapeError(f"can merge between 0 and {sources} of {num} tokens, got r = {r}")
+    most = sources if destinations else 0
+    if not 0 <= r <= most:
+        raise ShapeError(f"can merge between 0 and {most} of {num} tokens, got r = {r}")
+    if r == 0:
+        every = torch.arange(num, device=similarity.device).repeat(batch, 1)
+        return every, every
     best, partner = similarity.max(-1)
     chosen = torch.argsort(best, dim=-1, descending=True, stable=True)[:, :r]
     target = torch.arange(num, device=similarity.device).repeat(batch, 1)

@@ -56,7 +56,7 @@ def embedding_difference(
     x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"]
 ) -> Float[Tensor, "*batch"]:
     """Cosine distance 1 - cos(x, y), in [0, 2]. A zero vector is at distance 1 from all."""
-    return 1 - F.cosine_similarity(x.float(), y.float(), dim=-1)
+    return (1 - F.cosine_similarity(x.float(), y.float(), dim=-1)).clamp(0, 2)
 
 
 def class_attention(

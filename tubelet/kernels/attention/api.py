@@ -131,11 +131,10 @@ def _check(
         raise ShapeError(f"query heads must be a multiple of key heads, none empty: {shapes}")
     if len({q.dtype, k.dtype, v.dtype}) > 1 or len({q.device, k.device, v.device}) > 1:
         raise ShapeError("attention inputs must share one dtype and one device")
-    if key_bias is not None and key_bias.shape != (k.shape[0], k.shape[2]):
-        raise ShapeError(
-            f"key_bias must be [batch, keys] = {(k.shape[0], k.shape[2])}, got "
-            f"{tuple(key_bias.shape)}"
-        )
+    wanted = (k.shape[0], k.shape[2])
+    for name, bias in (("key_bias", key_bias), ("plan.bias", None if plan is None else plan.bias)):
+        if bias is not None and bias.shape != wanted:
+            raise ShapeError(f"{name} must be [batch, keys] = {wanted}, got {tuple(bias.shape)}")
     if plan is None:
         return
     mask, order = plan.mask, plan.order

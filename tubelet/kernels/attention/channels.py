@@ -36,7 +36,7 @@ def with_bias_channels(
     low = (wanted - high.float()).clamp(min=-limit).to(k.dtype)
     pair = torch.stack([high, low], dim=-1)[:, None].expand(-1, k.shape[1], -1, -1)
     width = -(-(q.shape[-1] + 2) // ALIGNMENT) * ALIGNMENT - q.shape[-1]
-    ones = torch.ones_like(q[..., :2])
+    ones = q.new_ones(*q.shape[:-1], 2)
     return (
         torch.cat([q, F.pad(ones, (0, width - 2))], dim=-1),
         torch.cat([k, F.pad(pair, (0, width - 2))], dim=-1),

@@ -49,24 +49,21 @@ def run(
         block_mask = create_block_mask(
             lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device=str(q.device)
         )
-    out, aux = _function(q.device.type)(
-        q,
-        k,
-        v,
-        score_mod=None if key_bias is None else _add_key_bias(key_bias),
-        block_mask=block_mask,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
+    score_mod = None if key_bias is None else (lambda s, b, h, i, j: s + key_bias[b, j])
+    # Past its limit of recompilations torch would fall back to materialising the map, or with
+    # `fullgraph` refuse; models that shrink their sequence meet many shapes.
+    with torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096):
+        out, aux = _function(q.device.type)(
+            q,
+            k,
+            v,
+            score_mod=score_mod,
+            block_mask=block_mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
     return out, aux.lse
-
-
-def _add_key_bias(key_bias: Tensor) -> Any:
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + key_bias[b, j]
-
-    return score_mod
 
 
 @cache
@@ -74,7 +71,7 @@ def _function(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     if device != "cpu":
-        return torch.compile(flex_attention, dynamic=False)
+        return torch.compile(flex_attention, dynamic=False, fullgraph=True)
     # It warns that it materialises the map, which this module's docstring says already.
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
     return flex_attention

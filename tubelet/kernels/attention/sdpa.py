@@ -44,9 +44,28 @@ def run(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if q.device.type == "cpu":
-        return _cpu(q, k, v, scale, causal, key_bias)
-    return _cuda(q, k, v, scale, causal, key_bias)
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    fused = _cpu if q.device.type == "cpu" else _cuda
+    out, lse = fused(q, k, v, scale, causal, key_bias)
+    return (out, lse) if key_bias is None else _without_keys(out, lse, key_bias, causal)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A tensor that the kernels read rightly: they neither check strides nor alignment."""
+    bytes_of = [stride * x.element_size() for stride in x.stride()[:-1]]
+    whole = x.data_ptr() % 16 == 0 and all(size % 16 == 0 for size in bytes_of)
+    fine = x.stride(-1) == 1 and (whole or x.device.type == "cpu")
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
+def _without_keys(
+    out: Tensor, lse: Tensor, key_bias: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Zero output and -inf for queries that see excluded keys only; the kernels differ there."""
+    excluded = key_bias.isneginf()
+    blind = excluded.cummin(-1).values if causal else excluded.all(-1, keepdim=True)
+    out = out.masked_fill(blind[:, None, :, None], 0)
+    return out, lse.masked_fill(blind[:, None], -torch.inf)
 
 
 def _cpu(

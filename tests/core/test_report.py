@@ -1,0 +1,81 @@
+"""Report: the numbers, as data and as text."""
+
+import json
+
+import pytest
+
+from tubelet.core.report import Report
+
+
+@pytest.fixture
+def report() -> Report:
+    report = Report("Host", ("ToMe(r=8)", "Random"))
+    for _ in range(2):
+        report.start_run(100)
+    for layer, seen in {1: (60, 40), 0: (100, 100)}.items():
+        for tokens in seen:
+            report.enter_layer(layer, tokens)
+    report.change("ToMe(r=8)", "layers.0", 100, 60)
+    report.change("ToMe(r=8)", "layers.0", 100, 40)
+    report.attention["flex"] += 3
+    report.fallbacks["float64"] += 2
+    report.notes.append("two clips were padded")
+    return report
+
+
+def test_tokens_are_averaged_over_runs_and_layers_sorted(report):
+    assert report.calls == 2
+    assert report.tokens_per_layer == [100, 50]
+    assert report.mean_tokens == 75
+
+
+def test_a_new_report_is_empty():
+    report = Report("Host", ())
+    assert report.tokens_per_layer == []
+    assert report.mean_tokens is None
+    assert str(report) == "Host: no recipe, 0 runs"
+
+
+def test_reports_do_not_share_their_counters(report):
+    assert Report("Host", ()).to_dict()["changes"] == []
+    assert not Report("Host", ()).attention
+
+
+def test_data_is_ready_for_json(report):
+    assert json.loads(json.dumps(report.to_dict())) == {
+        "model": "Host",
+        "recipes": ["ToMe(r=8)", "Random"],
+        "calls": 2,
+        "tokens_in": 100,
+        "tokens_per_layer": [100, 50],
+        "changes": [{"recipe": "ToMe(r=8)", "site": "layers.0", "before": 100, "after": 50}],
+        "attention": {"flex": 3},
+        "fallbacks": {"float64": 2},
+        "notes": ["two clips were padded"],
+    }
+
+
+def test_text_shows_every_number(report):
+    assert str(report).splitlines() == [
+        "Host: ToMe(r=8), Random, 2 runs",
+        "tokens entering each layer (of 100): 100 50",
+        "mean over layers: 75.0 (75.0%)",
+        "  ToMe(r=8) at layers.0: 100 -> 50",
+        "  attention flex: 3 calls",
+        "  fall-back: float64: 2 times",
+        "  note: two clips were padded",
+    ]
+
+
+def test_a_recipe_acted_when_it_shrank_something_or_planned_attention(report):
+    assert report.acted("ToMe(r=8)")
+    assert not report.acted("Random")
+    report.change("Random", "layers.1", 50, 50)
+    assert not report.acted("Random")
+    report.attention["Random: flex"] += 1
+    assert report.acted("Random")
+
+
+def test_recipes_with_a_common_prefix_are_told_apart(report):
+    report.attention["RandomBlocks: flex"] += 1
+    assert not report.acted("Random")

@@ -1,0 +1,98 @@
+"""Hosts and made-up contexts for the behavioural tests of recipes."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tubelet.core.context import Site, TokenContext
+from tubelet.core.grid import TokenGrid
+from tubelet.core.recipe import Recipe
+from tubelet.models.accelerate import accelerate
+from tubelet.testing import catalogue, tiny
+
+
+@cache
+def _host(name: str) -> Any:
+    return catalogue.stir(tiny.build(name))
+
+
+@pytest.fixture
+def host() -> Callable[[str], Any]:
+    """Tiny hosts by name, without exact ties between tokens."""
+    return _host
+
+
+@pytest.fixture
+def accelerated() -> Callable[..., Tensor]:
+    """Logits of a model with recipes on it."""
+
+    def run(model: Any, recipe: Recipe, pixels: Tensor) -> Tensor:
+        with accelerate(model, recipe):
+            return catalogue.logits(model, pixels)
+
+    return run
+
+
+class Statistics:
+    """Attention statistics that a test states instead of an attention call."""
+
+    def __init__(self, **facts: Any) -> None:
+        self.facts = facts
+
+    def keys(self) -> Tensor:
+        return self.facts["keys"]
+
+    def rows(self, queries: Any) -> Tensor:
+        return self.facts["weights"][:, :, list(queries)]
+
+    def value_norm(self) -> Tensor:
+        return self.facts["value_norm"]
+
+    def entropy(self) -> Tensor:
+        return self.facts["entropy"]
+
+    def received(self, weight: Tensor | None = None) -> Tensor:
+        weights = self.facts["weights"]
+        ones = torch.ones(weights.shape[0], weights.shape[2])
+        return (
+            torch.einsum("gi,ghij->gj", ones if weight is None else weight, weights)
+            / (weights.shape[1])
+        )
+
+
+@pytest.fixture
+def context() -> Callable[..., TokenContext]:
+    """A token context from the facts that a test cares about."""
+
+    def build(
+        hidden: Tensor,
+        *,
+        grid: TokenGrid | None = None,
+        kind: Any = "joint",
+        layer: int = 0,
+        num_layers: int = 4,
+        size: Tensor | None = None,
+        anchor: Tensor | None = None,
+        pixels: Tensor | None = None,
+        shared: int = 1,
+        **facts: Any,
+    ) -> TokenContext:
+        groups, num = hidden.shape[:2]
+        grid = grid or TokenGrid(frames=1, height=1, width=num)
+        return TokenContext(
+            site=Site(name="layer", layer=layer, num_layers=num_layers, kind=kind),
+            grid=grid,
+            hidden=hidden,
+            size=torch.ones(groups, num) if size is None else size,
+            anchor=torch.arange(num).expand(groups, num) if anchor is None else anchor,
+            protected=grid.before,
+            shared=shared,
+            stats=Statistics(**facts) if facts else None,
+            pixels=pixels,
+        )
+
+    return build
