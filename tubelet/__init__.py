@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tubelet.core.handle import Handle
     from tubelet.models.accelerate import accelerate
     from tubelet.models.load import load_model
+    from tubelet.recipes import load_plan
 
 __version__ = "0.1.0"
 
@@ -26,9 +27,10 @@ _HOMES = {
     "accelerate": "tubelet.models.accelerate",
     "compare": "tubelet.bench.compare",
     "load_model": "tubelet.models.load",
+    "load_plan": "tubelet.recipes",
 }
 
-__all__ = ["Handle", "accelerate", "compare", "load_model"]
+__all__ = ["Handle", "accelerate", "compare", "load_model", "load_plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site
-from tubelet.core.errors import NoEffectWarning
+from tubelet.core.errors import NoEffectWarning, UnsupportedError
 from tubelet.core.grid import TokenGrid
 from tubelet.core.recipe import Recipe
 from tubelet.core.report import Report
@@ -115,6 +115,12 @@ class Handle:
                 failed.append(error)
         if failed:
             raise failed[0]
+
+    def __deepcopy__(self, memo: Any) -> "Handle":
+        raise UnsupportedError("an accelerated model cannot be copied; remove() the recipes first")
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError("an accelerated model cannot be saved; remove() the recipes first")
 
     def __enter__(self) -> "Handle":
         return self

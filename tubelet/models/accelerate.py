@@ -1,7 +1,6 @@
 """`accelerate`: put recipes on a model, in place and reversibly."""
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from tubelet.core.context import Site
 from tubelet.core.errors import (
@@ -14,8 +13,10 @@ from tubelet.core.handle import Handle, ModelAdapter
 from tubelet.core.recipe import Recipe
 from tubelet.core.saved import SavedPlan
 from tubelet.models.catalogue import adapter_for, refusal
+from tubelet.models.interface import OWNER
 
-_active: "WeakKeyDictionary[Any, Handle]" = WeakKeyDictionary()
+_MARK = "_tubelet_handle"
+"""Attribute of an accelerated model that holds its handle."""
 
 
 def accelerate(model: Any, *recipes: Recipe | SavedPlan) -> Handle:
@@ -50,8 +51,8 @@ def accelerate(model: Any, *recipes: Recipe | SavedPlan) -> Handle:
     except BaseException:
         handle.remove()
         raise
-    _active[model] = handle
-    handle.on_remove(lambda: _active.pop(model, None))
+    setattr(model, _MARK, handle)
+    handle.on_remove(lambda: delattr(model, _MARK))
     return handle
 
 
@@ -82,21 +83,16 @@ def _check(model: Any, adapter: ModelAdapter, recipes: tuple[Recipe, ...]) -> No
             )
     if not recipes and not getattr(adapter, "fused_by_tubelet", False):
         raise RecipeError(f"give at least one recipe to put on {type(model).__name__}")
-    if model in _active:
-        raise ConflictError(f"this {type(model).__name__} is accelerated already; remove() first")
+    if any(hasattr(module, _MARK) or hasattr(module, OWNER) for module in model.modules()):
+        raise ConflictError(
+            f"this {type(model).__name__} or a part of it is accelerated already; remove() first"
+        )
     lacks = adapter.lacks(model)
     for recipe in recipes:
         reason = refusal(recipe, lacks)
         if reason is not None:
             raise UnsupportedError(f"{recipe.name} cannot run on {type(model).__name__}: {reason}")
-    _check_training(model)
     _check_sites(adapter.sites(model), recipes)
-
-
-def _check_training(model: Any) -> None:
-    paths = [m for m in model.modules() if "DropPath" in type(m).__name__ and m.training]
-    if any(getattr(m, "drop_prob", 0) for m in paths):
-        raise UnsupportedError("stochastic depth is active in training mode; call model.eval()")
 
 
 def _check_sites(sites: list[Site], recipes: tuple[Recipe, ...]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import AttentionContext, Site, TokenContext
-from tubelet.core.errors import ShapeError
+from tubelet.core.errors import ShapeError, UnsupportedError
 from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.plan import AttentionPlan
@@ -143,6 +143,9 @@ class EncoderRuntime:
         }
         pooler = None if adapter.pooler is None else getattr(model, adapter.pooler, None)
         self.pooling = [m for m in pooler.modules() if hasattr(m, "config")] if pooler else []
+        if pooler is not None:
+            self._hook(pooler.register_forward_hook(self._after_pooling))
+        self.noise = [m for layer in self.layers for m in layer.modules() if _noise(m) > 0]
         self.grid: TokenGrid | None = None
         self.groups: list[TokenGroup] = []
         self.packed = False
@@ -155,6 +158,7 @@ class EncoderRuntime:
 
     def hook_embeddings(self) -> None:
         """Begin a run when the embeddings are done."""
+        self._check_training()
         self._hook(self.embeddings.register_forward_hook(self._begin, with_kwargs=True))
 
     def hook_layers(self) -> None:
@@ -171,6 +175,7 @@ class EncoderRuntime:
         self.handle.on_remove(registered.remove)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        self._check_training()
         pixels = args[0] if args else next(iter(kwargs.values()))
         self.grid = self.adapter.grid(self.base, pixels)
         if output.shape[1] != self.grid.num_tokens:
@@ -185,6 +190,15 @@ class EncoderRuntime:
         self.handle.record_grid(self.grid)
         reduced = self.reduce((-1, "input"), output, pixels=pixels)
         return output if reduced is None else reduced
+
+    def _check_training(self) -> None:
+        # Dropout behind the MLP would be skipped, and checkpointing would replay a layer with
+        # the state of the end of the run.
+        if any(module.training and _noise(module) > 0 for module in self.noise):
+            raise UnsupportedError("dropout or stochastic depth is active; call model.eval()")
+        replayed = [x for x in self.layers if getattr(x, "gradient_checkpointing", False)]
+        if any(layer.training for layer in replayed):
+            raise UnsupportedError("gradient checkpointing cannot replay a token reduction")
 
     def _enter(self, index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -221,6 +235,9 @@ class EncoderRuntime:
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook
+
+    def _after_pooling(self, *call: Any) -> None:
+        self.dropped = None
 
     # Tokens
 
@@ -380,6 +397,12 @@ class EncoderRuntime:
         bias = bias.masked_fill(self.dropped, -torch.inf)
         out, _ = attention(q, k, v, scale=scale, key_bias=bias)
         return out.transpose(1, 2)
+
+
+def _noise(module: nn.Module) -> float:
+    """Rate of a dropout or stochastic-depth module; 0 for any other."""
+    name = "p" if isinstance(module, nn.Dropout) else "drop_prob"
+    return float(getattr(module, name, None) or 0.0)
 
 
 def _by_site(recipes: Sequence[Recipe], stage: type, sites: dict[Any, Site]) -> dict[Any, Any]:

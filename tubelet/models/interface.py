@@ -7,10 +7,10 @@ leaves everything else to the attention that the model had before.
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from tubelet.core.errors import UnsupportedError
 from tubelet.core.handle import Handle
 
 NAME = "tubelet"
@@ -34,7 +34,8 @@ class Runtime(Protocol):
         ...
 
 
-_owners: "WeakKeyDictionary[nn.Module, tuple[Runtime, HostAttention]]" = WeakKeyDictionary()
+OWNER = "_tubelet_attention"
+"""Attribute of a module that holds its runtime and the attention it had before."""
 
 
 def take_over(model: Any, modules: list[nn.Module], runtime: Runtime, handle: Handle) -> None:
@@ -51,8 +52,9 @@ def take_over(model: Any, modules: list[nn.Module], runtime: Runtime, handle: Ha
     watched = set(modules)
     for module in model.modules():
         if hasattr(module, "config"):
-            _owners[module] = (runtime if module in watched else _Idle(), _host(module, before))
-            handle.on_remove(lambda module=module: _owners.pop(module, None))
+            owner = (runtime if module in watched else _Idle(), _host(module, before))
+            setattr(module, OWNER, owner)
+            handle.on_remove(lambda module=module: delattr(module, OWNER))
 
 
 def _host(module: nn.Module, name: str) -> HostAttention:
@@ -87,9 +89,7 @@ def _attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    from tubelet.core.errors import UnsupportedError
-
-    runtime, host = _owners[module]
+    runtime, host = getattr(module, OWNER)
     weights: list[Any] = [None]
 
     def as_before() -> Tensor:

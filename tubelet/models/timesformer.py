@@ -98,6 +98,7 @@ class JointRuntime(EncoderRuntime):
         heads, scale = module.num_heads, module.scale
 
         def forward(hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
+            _refuse_maps(output_attentions)
             qkv = module.qkv(hidden_states).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             q, k, v = qkv.unbind(0)
 
@@ -146,6 +147,7 @@ class DividedRuntime(JointRuntime):
         """Divided attention: time for each place, then space for each frame, then the MLP."""
 
         def forward(hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
+            _refuse_maps(output_attentions)
             self.count_tokens(index)
             head, video = hidden_states[:, :1], hidden_states[:, 1:]
             x = video.unflatten(1, (self.frames, self.places)).transpose(1, 2).flatten(0, 1)
@@ -230,6 +232,11 @@ class DividedRuntime(JointRuntime):
             anchor=anchor,
             size=with_class(raster(plan.size).flatten(1), 1.0),
         )
+
+
+def _refuse_maps(output_attentions: bool) -> None:
+    if output_attentions:
+        raise UnsupportedError("output_attentions=True needs maps that fused attention never makes")
 
 
 ADAPTER = TimesformerAdapter(

@@ -6,12 +6,14 @@ here, as in `from tubelet.recipes import ToMe`; there is no list to keep.
 
 import importlib
 import inspect
+import os
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from tubelet.core.recipe import Recipe
+from tubelet.core.saved import SavedPlan
 from tubelet.core.text import parse_recipe, recipe_from_dict
 
 
@@ -22,8 +24,9 @@ def catalogue() -> dict[str, type[Recipe]]:
     for module in pkgutil.iter_modules(__path__):
         family = importlib.import_module(f"{__name__}.{module.name}")
         for name, member in inspect.getmembers(family, inspect.isclass):
-            own = issubclass(member, Recipe) and member.__module__ == family.__name__
-            if own and not inspect.isabstract(member):
+            if member.__module__ != family.__name__ or inspect.isabstract(member):
+                continue
+            if issubclass(member, Recipe):
                 found[name] = member
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
@@ -38,6 +41,15 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     return recipe_from_dict(data, catalogue())
 
 
+def load_plan(path: str | os.PathLike[str]) -> SavedPlan:
+    """A plan that `Handle.save` wrote, for `tubelet.accelerate(model, plan)`.
+
+    Raises:
+        RecipeError: The file is missing, is not a plan, or names unknown recipes or fields.
+    """
+    return SavedPlan.load(path, catalogue())
+
+
 def __getattr__(name: str) -> Any:
     recipes = catalogue()
     if name in recipes:
@@ -46,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return ["catalogue", "from_dict", "parse", *catalogue()]
+    return ["catalogue", "from_dict", "load_plan", "parse", *catalogue()]

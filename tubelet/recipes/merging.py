@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site, TokenContext
 from tubelet.core.recipe import Paper, TokenReduction, param
@@ -41,8 +43,10 @@ class ToMe(TokenReduction):
         return site.kind == "joint"
 
     def plan(self, ctx: TokenContext) -> TokenAssignment | None:
-        listed = isinstance(self.r, tuple)
-        schedule = Schedule.listed(self.r) if listed else Schedule.linear(self.r, self.inflection)
+        if isinstance(self.r, tuple):
+            schedule = Schedule.listed(self.r)
+        else:
+            schedule = Schedule.linear(self.r, self.inflection)
         r = round(schedule(ctx.site.layer, ctx.site.num_layers))
         return merge_most_similar(ctx, ctx.statistics().keys(), r)
 
@@ -110,7 +114,9 @@ class TESTA(TokenReduction):
         return merge_most_similar(ctx, ctx.statistics().keys(), r)
 
 
-def merge_most_similar(ctx: TokenContext, metric, r: int, source_scale=None):
+def merge_most_similar(
+    ctx: TokenContext, metric: Tensor, r: int, source_scale: Tensor | None = None
+) -> TokenAssignment | None:
     """Bipartite merge of at most half of the unprotected tokens; None when nothing merges.
 
     Args:
