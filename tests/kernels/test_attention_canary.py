@@ -16,6 +16,19 @@ USED = {
         ["query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal"],
         ["scale"],
     ),
+    "_scaled_dot_product_cudnn_attention": (
+        [
+            "query",
+            "key",
+            "value",
+            "attn_bias",
+            "compute_log_sumexp",
+            "dropout_p",
+            "is_causal",
+            "return_debug_mask",
+        ],
+        ["scale"],
+    ),
     "_scaled_dot_product_flash_attention": (
         ["query", "key", "value", "dropout_p", "is_causal", "return_debug_mask"],
         ["scale"],
@@ -53,3 +66,17 @@ def test_flex_block_masks_take_lists_and_lengths():
     parameters = inspect.signature(flex_attention.BlockMask.from_kv_blocks).parameters
     assert {"BLOCK_SIZE", "mask_mod", "seq_lengths"} <= set(parameters)
     assert list(parameters)[:2] == ["kv_num_blocks", "kv_indices"]
+
+
+def test_the_variable_length_operator_has_the_arguments_used():
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    wanted = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p"]
+    wanted += ["is_causal", "return_debug_mask"]
+    assert [a.name for a in schema.arguments if not a.kwarg_only] == wanted
+    assert [r.name for r in schema.returns][:2] == ["output", "softmax_logsumexp"]
+
+
+def test_dynamo_has_the_limits_that_flex_raises():
+    config = torch._dynamo.config
+    assert isinstance(config.recompile_limit, int)
+    assert isinstance(config.accumulated_recompile_limit, int)

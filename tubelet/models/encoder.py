@@ -20,7 +20,7 @@ from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import Recipe, SparseAttention, TokenReduction
-from tubelet.kernels.attention import CallStatistics, attention, choose
+from tubelet.kernels.attention import CallStatistics, attention, choose, packed_attention
 from tubelet.models.groups import TokenGroup, pack
 from tubelet.models.interface import take_over
 
@@ -351,19 +351,32 @@ class EncoderRuntime:
             if wants:
                 self.statistics[key[0]] = CallStatistics(q, k, v, scale)
             return host()
-        outs, lses, biases = [], [], []
-        for group in self.groups:
-            part = [group.view(x, self.packed, axis=2) for x in (q, k, v)]
-            bias = group.size.log() if biased else None
-            out, lse = self._one_call(key, attender, part, scale, bias)
-            outs.append(out)
-            lses.append(lse)
-            biases.append(bias)
+        bias = torch.cat([g.size.log() for g in self.groups], dim=1) if biased else None
+        if attender is None and self.packed:
+            lengths = [group.num for group in self.groups]
+            self.handle.report().attention[_what("packed", bias)] += 1
+            out, lse = packed_attention(q, k, v, lengths, scale=scale, key_bias=bias)
+        else:
+            out, lse = self._group_by_group(key, attender, (q, k, v), scale, bias)
         if wants:
-            self.statistics[key[0]] = CallStatistics(
-                q, k, v, scale, torch.cat(lses, dim=2), torch.cat(biases, dim=1) if biased else None
-            )
-        return torch.cat(outs, dim=2).transpose(1, 2)
+            self.statistics[key[0]] = CallStatistics(q, k, v, scale, lse, bias)
+        return out.transpose(1, 2)
+
+    def _group_by_group(
+        self,
+        key: tuple[int, str],
+        attender: SparseAttention | None,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scale: float,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        results = []
+        for group in self.groups:
+            part = [group.view(x, self.packed, axis=2) for x in qkv]
+            own = None if bias is None else group.view(bias, self.packed)
+            results.append(self._one_call(key, attender, part, scale, own))
+        outs, lses = zip(*results, strict=True)
+        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
     def _one_call(
         self,
@@ -381,7 +394,7 @@ class EncoderRuntime:
             )
         q, k, v = part
         impl = choose(q, k, v, plan)
-        what = f"{impl}, log-size bias" if bias is not None else impl
+        what = _what(impl, bias)
         if attender is not None and not plan.is_dense:
             what = f"{attender}: {what}"
         self.handle.report().attention[what] += 1
@@ -397,6 +410,11 @@ class EncoderRuntime:
         bias = bias.masked_fill(self.dropped, -torch.inf)
         out, _ = attention(q, k, v, scale=scale, key_bias=bias)
         return out.transpose(1, 2)
+
+
+def _what(impl: str, bias: Tensor | None) -> str:
+    """How an attention call was made, for the report."""
+    return impl if bias is None else f"{impl}, log-size bias"
 
 
 def _noise(module: nn.Module) -> float:

@@ -1,6 +1,7 @@
 """Attention: one call, several implementations, and statistics built on it."""
 
 from tubelet.kernels.attention.api import IMPLEMENTATIONS, attention, choose
+from tubelet.kernels.attention.packed import packed_attention
 from tubelet.kernels.attention.statistics import (
     CallStatistics,
     attention_entropy,
@@ -13,5 +14,6 @@ __all__ = [
     "attention",
     "attention_entropy",
     "choose",
+    "packed_attention",
     "received_attention",
 ]

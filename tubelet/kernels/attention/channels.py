@@ -35,9 +35,14 @@ def with_bias_channels(
     high = wanted.clamp(min=-limit).to(k.dtype)
     low = (wanted - high.float()).clamp(min=-limit).to(k.dtype)
     pair = torch.stack([high, low], dim=-1)[:, None].expand(-1, k.shape[1], -1, -1)
-    width = -(-(q.shape[-1] + 2) // ALIGNMENT) * ALIGNMENT - q.shape[-1]
-    ones = q.new_ones(*q.shape[:-1], 2)
-    return (
-        torch.cat([q, F.pad(ones, (0, width - 2))], dim=-1),
-        torch.cat([k, F.pad(pair, (0, width - 2))], dim=-1),
-    )
+    return _widened(q, q.new_ones(2)), _widened(k, pair)
+
+
+def _widened(x: Tensor, extra: Tensor) -> Tensor:
+    """`x` with two more channels and zeros up to the alignment, in the memory order of `x`."""
+    width = -(-(x.shape[-1] + 2) // ALIGNMENT) * ALIGNMENT
+    extra = F.pad(extra.expand(*x.shape[:-1], 2), (0, width - x.shape[-1] - 2))
+    # Hosts hand over [B, N, H, D] seen as [B, H, N, D]; a plain cat would transpose it.
+    if x.transpose(1, 2).is_contiguous():
+        return torch.cat([x.transpose(1, 2), extra.transpose(1, 2)], dim=-1).transpose(1, 2)
+    return torch.cat([x, extra], dim=-1)

@@ -68,8 +68,11 @@ def _without_keys(
     """Zero output and -inf for queries that see excluded keys only; the kernels differ there."""
     excluded = key_bias.isneginf()
     blind = excluded.cummin(-1).values if causal else excluded.all(-1, keepdim=True)
-    out = out.masked_fill(blind[:, None, :, None], 0)
-    return out, lse.masked_fill(blind[:, None], -torch.inf)
+    lse = lse.masked_fill(blind[:, None], -torch.inf)
+    if out.requires_grad:
+        return out.masked_fill(blind[:, None, :, None], 0), lse
+    # In place, because a copy of the output would cost more than the rest of this function.
+    return out.masked_fill_(blind[:, None, :, None], 0), lse
 
 
 def _cpu(
@@ -87,12 +90,17 @@ def _cpu(
 def _cuda(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    width = v.shape[-1]
+    width, queries = v.shape[-1], q.shape[2]
     if key_bias is not None:
         q, k = with_bias_channels(q, k, key_bias, scale)
-    spare = -(-q.shape[-1] // ALIGNMENT) * ALIGNMENT
-    q, k, v = (F.pad(x, (0, spare - x.shape[-1])) if x.shape[-1] < spare else x for x in (q, k, v))
-    if q.dtype == torch.float32 or spare > 256:
+    q, k, v = (_padded(x, ALIGNMENT) for x in (q, k, v))
+    if _prefers_cudnn(q, k):
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        return out[..., :width], lse.reshape(q.shape[:3])
+    v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    if q.dtype == torch.float32 or q.shape[-1] > 256:
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, causal, scale=scale
         )
@@ -101,4 +109,20 @@ def _cuda(
             q, k, v, 0.0, causal, False, scale=scale
         )
     # The memory-efficient kernel pads its statistics to whole tiles.
-    return out[..., :width], lse[..., : q.shape[2]]
+    return out[..., :width], lse[..., :queries]
+
+
+def _prefers_cudnn(q: Tensor, k: Tensor) -> bool:
+    """On Hopper and later cuDNN is the faster kernel, and takes values narrower than keys."""
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] <= 128
+        and min(q.shape[2], k.shape[2]) >= 64
+        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and torch.backends.cudnn.is_available()
+    )
+
+
+def _padded(x: Tensor, alignment: int) -> Tensor:
+    spare = -x.shape[-1] % alignment
+    return F.pad(x, (0, spare)) if spare else x
