@@ -357,3 +357,23 @@ def test_check_finds_bad_values(changes, message):
     bad = {name: torch.tensor(value) for name, value in (good | changes).items()}
     with pytest.raises(ShapeError, match=message):
         TokenAssignment(**bad).check()
+
+
+@given(mask=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3))
+@SETTINGS
+def test_keep_where_equals_keeping_each_sample_by_itself(mask):
+    for row in mask:
+        row[2] = True
+    rows = torch.tensor(mask)
+    plans = TokenAssignment.keep_where(rows)
+    for row, plan in zip(rows, plans, strict=True):
+        wanted = TokenAssignment.keep(row.nonzero().T, 6)
+        plan.check()
+        for name in TokenAssignment.TENSORS:
+            assert torch.equal(getattr(plan, name), getattr(wanted, name)), name
+        assert plan.copies
+
+
+def test_a_sample_that_keeps_nothing_is_refused():
+    with pytest.raises(ShapeError):
+        TokenAssignment.keep_where(torch.tensor([[True, False], [False, False]]))

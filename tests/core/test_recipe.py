@@ -223,7 +223,6 @@ def test_token_reductions_do_not_bias_attention_unless_they_say_so():
             return None
 
     assert Plain().size_bias is False
-    assert Plain().ragged is False
     assert Plain().stage == "tokens"
 
 

@@ -24,8 +24,8 @@ def one_place(values, context, threshold=0.1):
     pixels = torch.tensor(values).reshape(1, -1, 1, 1, 1).expand(1, -1, 3, 4, 4)
     grid = TokenGrid(frames=len(values) // 2, height=1, width=1)
     hidden = torch.zeros(1, grid.num_tokens, 1)
-    plan = RLT(threshold=threshold).plan(context(hidden, grid=grid, kind="input", pixels=pixels))
-    return list(range(grid.frames)) if plan is None else plan.anchor[0].tolist()
+    mask = RLT(threshold=threshold).keep(context(hidden, grid=grid, kind="input", pixels=pixels))
+    return mask[0].nonzero().flatten().tolist()
 
 
 def drifting(batch):
@@ -68,8 +68,8 @@ def test_RLT_takes_the_mean_over_the_tubelet(context):
     pixels[0, 2:, :, 0, 0] = 1.6  # one pixel of 16: a mean of 0.1
     grid = TokenGrid(frames=2, height=1, width=1)
     ctx = context(torch.zeros(1, 2, 1), grid=grid, kind="input", pixels=pixels)
-    assert RLT(threshold=0.11).plan(ctx).num_out == 1
-    assert RLT(threshold=0.09).plan(ctx) is None
+    assert RLT(threshold=0.11).keep(ctx).sum() == 1
+    assert RLT(threshold=0.09).keep(ctx).all()
 
 
 def test_RLT_sees_changes_of_either_sign(context):
@@ -96,25 +96,25 @@ def significance(context, row, norm=None, heads=1):
     return context(torch.zeros(1, num, 2), grid=grid, weights=weights, value_norm=norm)
 
 
-def kept_places(plan, num):
-    return list(range(num)) if plan is None else plan.anchor[0].tolist()
+def kept_places(mask):
+    return mask[0].nonzero().flatten().tolist()
 
 
 def test_ATS_count_adapts_to_how_peaked_attention_is(context):
     recipe = ATS(first_layer=0, min_tokens=1)
     # Min-max scaling puts the weakest token at level 0, where no level is: one always goes.
     flat = significance(context, [0.1] * 11)
-    assert len(kept_places(recipe.plan(flat), 11)) == 10
+    assert len(kept_places(recipe.keep(flat))) == 10
     # One token holds almost everything: most levels pick it, and it is kept once.
     peaked = significance(context, [0.05] + [0.001] * 9 + [0.9])
-    assert len(kept_places(recipe.plan(peaked), 11)) < 5
+    assert len(kept_places(recipe.keep(peaked))) < 5
 
 
 def test_ATS_samples_the_distribution_and_not_its_top(context):
     # Ten weak tokens hold as much as two strong ones, so they get some of the levels.
     row = [0.1] + [0.04] * 10 + [0.25, 0.25]
     kept = kept_places(
-        ATS(first_layer=0, samples=0.5, min_tokens=1).plan(significance(context, row)), 13
+        ATS(first_layer=0, samples=0.5, min_tokens=1).keep(significance(context, row))
     )
     assert {11, 12} & set(kept)
     assert set(kept) & set(range(1, 11))
@@ -123,14 +123,14 @@ def test_ATS_samples_the_distribution_and_not_its_top(context):
 def test_ATS_weighs_attention_by_the_value_norm(context):
     row, norm = [0.1] + [0.1] * 8 + [0.1], [1.0] * 9 + [1000.0]
     recipe = ATS(first_layer=0, min_tokens=1)
-    assert kept_places(recipe.plan(significance(context, row, norm)), 10)[-1] == 9
-    assert len(kept_places(recipe.plan(significance(context, row, norm)), 10)) < 5
-    assert len(kept_places(recipe.plan(significance(context, row)), 10)) == 9
+    assert kept_places(recipe.keep(significance(context, row, norm)))[-1] == 9
+    assert len(kept_places(recipe.keep(significance(context, row, norm)))) < 5
+    assert len(kept_places(recipe.keep(significance(context, row)))) == 9
 
 
 def test_ATS_keeps_all_where_it_would_keep_too_few(context):
     peaked = significance(context, [0.05] + [0.001] * 9 + [0.9])
-    assert ATS(first_layer=0, min_tokens=8).plan(peaked) is None
+    assert ATS(first_layer=0, min_tokens=8).keep(peaked).all()
 
 
 @pytest.mark.parametrize("name", JOINT)

@@ -9,7 +9,7 @@ import torch
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site, TokenContext
-from tubelet.core.recipe import Recipe, TokenReduction, param
+from tubelet.core.recipe import RaggedReduction, Recipe, TokenReduction, param
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +40,23 @@ class CountLog:
 
     def watch(self, recipe: Recipe) -> Recipe:
         """The same recipe, noting its counts here; other stages pass through."""
-        if not isinstance(recipe, TokenReduction):
+        if not isinstance(recipe, TokenReduction | RaggedReduction):
             return recipe
-        watched, plan = copy.copy(recipe), recipe.plan
+        name = "plan" if isinstance(recipe, TokenReduction) else "keep"
+        watched, decide = copy.copy(recipe), getattr(recipe, name)
 
         def noting(ctx: TokenContext) -> Any:
-            result = plan(ctx)
-            left = ctx.num_tokens if result is None else result.num_out
-            self._seen[ctx.site.layer, ctx.site.kind].append(left)
+            result = decide(ctx)
+            seen = self._seen[ctx.site.layer, ctx.site.kind]
+            if result is None:
+                seen += [ctx.num_tokens] * ctx.hidden.shape[0]
+            elif isinstance(result, TokenAssignment):
+                seen += [result.num_out] * result.batch
+            else:
+                seen += result.sum(1).tolist()
             return result
 
-        object.__setattr__(watched, "plan", noting)
+        object.__setattr__(watched, name, noting)
         return watched
 
     def sliced(self) -> Sliced | None:

@@ -14,7 +14,7 @@ from tubelet.bench.measure import count_macs, interleaved, median, peak_memory, 
 from tubelet.bench.result import Comparison, Row
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.errors import RecipeError, ShapeError
-from tubelet.core.recipe import Recipe, TokenReduction
+from tubelet.core.recipe import RaggedReduction, Recipe, TokenReduction
 from tubelet.core.report import Report
 from tubelet.models.accelerate import accelerate
 from tubelet.models.catalogue import adapter_for
@@ -158,7 +158,7 @@ def _observe(
         if handle is not None:
             variant.report, variant.assignment = handle.report(), handle.assignment
     cut = log.sliced()
-    others = [r for r in variant.recipes if not isinstance(r, TokenReduction)]
+    others = [r for r in variant.recipes if not isinstance(r, TokenReduction | RaggedReduction)]
     variant.sliced = None if cut is None else (cut, *others)
     with on_model(model, variant.recipes):
         steps(f"counting {variant.name}")

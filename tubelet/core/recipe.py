@@ -2,6 +2,7 @@
 
     Recipe
     ├── TokenReduction         TokenContext -> TokenAssignment
+    ├── RaggedReduction        TokenContext -> mask, as many tokens as the input needs
     ├── SparseAttention        AttentionContext -> AttentionPlan
     ├── AttentionQuantization  precision of the attention product
     ├── StepCache              StepContext -> Action
@@ -20,6 +21,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import AttentionContext, Site, StepContext, TokenContext
@@ -128,8 +131,6 @@ class TokenReduction(Recipe):
     requires: ClassVar[frozenset[str]] = frozenset({"any subset"})
     statistics: ClassVar[frozenset[str]] = frozenset()
     """Attention statistics that `plan` asks for; the host keeps only what is named here."""
-    ragged: ClassVar[bool] = False
-    """Token counts depend on the input, so each sample of a batch gets its own plan."""
 
     @property
     def size_bias(self) -> bool:
@@ -139,6 +140,20 @@ class TokenReduction(Recipe):
     @abstractmethod
     def plan(self, ctx: TokenContext) -> TokenAssignment | None:
         """Where the tokens at this site go; None leaves them alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedReduction(Recipe):
+    """Drops tokens whose number depends on the input, so samples of a batch differ in length."""
+
+    stage: ClassVar[str] = "tokens"
+    requires: ClassVar[frozenset[str]] = frozenset({"any subset"})
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    """As in `TokenReduction`."""
+
+    @abstractmethod
+    def keep(self, ctx: TokenContext) -> Tensor | None:
+        """Bool [G, N], True where a token stays (at least one per row); None keeps all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ from tubelet.core.errors import ShapeError, UnsupportedError
 from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.plan import AttentionPlan
-from tubelet.core.recipe import Recipe, SparseAttention, TokenReduction
+from tubelet.core.recipe import RaggedReduction, Recipe, SparseAttention, TokenReduction
 from tubelet.kernels.attention import CallStatistics, attention, choose, packed_attention
-from tubelet.models.groups import TokenGroup, pack
+from tubelet.models.groups import TokenGroup, unpack
 from tubelet.models.interface import take_over
 
 
@@ -135,7 +135,7 @@ class EncoderRuntime:
         self.embeddings: nn.Module = base.get_submodule(adapter.embeddings)
         self.layers: list[nn.Module] = list(base.get_submodule(adapter.layers))
         self.sites = {(site.layer, site.kind): site for site in adapter.sites(model)}
-        self.reducers = _by_site(recipes, TokenReduction, self.sites)
+        self.reducers = _by_site(recipes, TokenReduction | RaggedReduction, self.sites)
         self.attenders = _by_site(recipes, SparseAttention, self.sites)
         self.size_bias = any(r.size_bias for r in recipes if isinstance(r, TokenReduction))
         self.layer_of = {
@@ -256,31 +256,27 @@ class EncoderRuntime:
         recipe = self.reducers.get(key)
         if recipe is None:
             return None
-        groups, packed = self.groups, self.packed
-        if recipe.ragged and not packed and groups[0].batch > 1:
-            groups, packed, hidden = groups[0].split(), True, pack(hidden)
         parts: list[Tensor] = []
         after: list[TokenGroup] = []
         start = 0
-        for group in groups:
-            context = self._context(key, group, hidden, packed, stats, pixels)
-            plan = recipe.plan(context)
-            parts.append(context.hidden if plan is None else plan.reduce(context.hidden))
-            after.append(group.after(plan, start))
-            start += after[-1].num * packed
-        before, left = _mean_tokens(groups), _mean_tokens(after)
+        for group in self.groups:
+            context = self._context(key, group, hidden, stats, pixels)
+            for piece, tokens, plan in _plans(recipe, context, group):
+                parts.append(tokens if plan is None else plan.reduce(tokens))
+                after.append(piece.after(plan, start))
+                start += after[-1].num
+        before, left = _mean_tokens(self.groups), _mean_tokens(after)
         self.handle.report().change(str(recipe), self.sites[key].name, before, left)
         if left == before:
             return None
-        self.groups, self.packed = after, packed
-        return torch.cat(parts, dim=1) if packed else parts[0]
+        self.groups, self.packed = after, len(after) > 1
+        return torch.cat(parts, dim=1) if self.packed else parts[0]
 
     def _context(
         self,
         key: tuple[int, str],
         group: TokenGroup,
         hidden: Tensor,
-        packed: bool,
         stats: CallStatistics | None,
         pixels: Tensor | None,
     ) -> TokenContext:
@@ -289,7 +285,7 @@ class EncoderRuntime:
         return TokenContext(
             site=self.sites[key],
             grid=self.grid,
-            hidden=group.view(hidden, packed),
+            hidden=group.view(hidden, self.packed),
             size=group.size,
             anchor=group.anchor,
             protected=self.grid.before,
@@ -309,10 +305,9 @@ class EncoderRuntime:
         self.handle.record_assignment(whole)
         if all(group.origin is None for group in self.groups):
             return hidden
-        views = [group.view(hidden, self.packed) for group in self.groups]
         if self.pooling:
             self.dropped = torch.cat([origin.index < 0 for origin in whole])
-        return torch.cat([o.restore(view) for o, view in zip(whole, views, strict=True)])
+        return whole[0].restore(hidden) if not self.packed else unpack(hidden, whole)
 
     # Attention
 
@@ -423,7 +418,23 @@ def _noise(module: nn.Module) -> float:
     return float(getattr(module, name, None) or 0.0)
 
 
-def _by_site(recipes: Sequence[Recipe], stage: type, sites: dict[Any, Site]) -> dict[Any, Any]:
+def _plans(
+    recipe: TokenReduction | RaggedReduction, context: TokenContext, group: TokenGroup
+) -> list[tuple[TokenGroup, Tensor, TokenAssignment | None]]:
+    """The plan of a group, or of each of its samples: (samples, their tokens, plan)."""
+    if isinstance(recipe, TokenReduction):
+        return [(group, context.hidden, recipe.plan(context))]
+    mask = recipe.keep(context)
+    if mask is None:
+        return [(group, context.hidden, None)]
+    plans = TokenAssignment.keep_where(mask)
+    if all(plan.num_out == group.num for plan in plans):
+        return [(group, context.hidden, None)]
+    samples = context.hidden.split(1)
+    return list(zip(group.split(), samples, plans, strict=True))
+
+
+def _by_site(recipes: Sequence[Recipe], stage: Any, sites: dict[Any, Site]) -> dict[Any, Any]:
     """The recipe of a stage at each site that one acts on."""
     chosen = [recipe for recipe in recipes if isinstance(recipe, stage)]
     return {key: r for key, site in sites.items() for r in chosen if r.acts_on(site)}

@@ -1,8 +1,10 @@
 """The tokens of a forward pass in progress, while their number changes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
@@ -84,6 +86,23 @@ class TokenGroup:
         return [sample(b) for b in range(self.batch)]
 
 
-def pack(hidden: Tensor) -> Tensor:
-    """[B, N, ...] to [1, B * N, ...]."""
-    return hidden.reshape(1, -1, *hidden.shape[2:])
+def unpack(hidden: Tensor, origins: Sequence[TokenAssignment]) -> Tensor:
+    """[1, sum K, C] packed samples to [B, N, C]: what `restore` does, for all samples at once.
+
+    Args:
+        hidden: Samples one after the other, in the order of `origins`.
+        origins: One per sample, from N originals to its K tokens.
+    """
+    lengths = [origin.num_out for origin in origins]
+    ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
+    starts = ends - torch.tensor(lengths, device=hidden.device)
+    index = torch.cat([origin.index for origin in origins])
+    slots = (index.clamp(min=0) + starts[:, None]).flatten()
+    rows = hidden[0].index_select(0, slots).unflatten(0, index.shape)
+    share = torch.cat([(origin.size / origin.size.sum())[0] for origin in origins])
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    every = torch.arange(sum(lengths), device=hidden.device)
+    mean = F.embedding_bag(
+        every, hidden[0].to(dtype), starts, mode="sum", per_sample_weights=share.to(dtype)
+    )
+    return torch.where((index < 0)[..., None], mean[:, None].to(hidden.dtype), rows)

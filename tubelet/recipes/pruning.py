@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site, TokenContext
-from tubelet.core.recipe import Paper, TokenReduction, param
+from tubelet.core.recipe import Paper, RaggedReduction, TokenReduction, param
 from tubelet.ops.merge import drop
 from tubelet.ops.score import class_attention, pixel_difference, tubelet_frames
 from tubelet.ops.segment import run_starts
@@ -15,7 +17,7 @@ from tubelet.ops.select import budget, cdf_sample, top_k
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLT(TokenReduction):
+class RLT(RaggedReduction):
     """Drop tubelets that repeat what their place showed before, judged on pixels.
 
     A tubelet is compared with the last *kept* one at its place (mean absolute difference of the
@@ -28,7 +30,6 @@ class RLT(TokenReduction):
     paper = Paper("Run-Length Tokenization", "2411.05222", "NeurIPS", 2024)
     identity: ClassVar = {"threshold": 0.0}
     requires: ClassVar[frozenset[str]] = frozenset({"any subset", "pixels"})
-    ragged: ClassVar[bool] = True
 
     threshold: float = param(
         0.1, "smallest change that keeps a tubelet, in the model's normalised pixel units", least=0
@@ -37,19 +38,17 @@ class RLT(TokenReduction):
     def acts_on(self, site: Site) -> bool:
         return site.kind == "input"
 
-    def plan(self, ctx: TokenContext) -> TokenAssignment | None:
+    def keep(self, ctx: TokenContext) -> Tensor | None:
         assert ctx.pixels is not None
         grid, (_, frames, _, height, width) = ctx.grid, ctx.pixels.shape
         tubelet = (frames // grid.frames, height // grid.height, width // grid.width)
         cut = tubelet_frames(ctx.pixels.float(), tubelet)
         starts = run_starts(cut, pixel_difference, self.threshold)
-        stays = grid.protected(ctx.hidden.device).repeat(starts.shape[0], 1)
-        stays[:, grid.before : grid.before + grid.num_video] = starts.flatten(1)
-        return _drop_ragged(stays)
+        return F.pad(starts.flatten(1), (grid.before, grid.after), value=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ATS(TokenReduction):
+class ATS(RaggedReduction):
     """Keep the tokens that inverse-transform sampling of the class token's attention picks.
 
     Significance is the class token's attention times the value norm, summed over heads. Evenly
@@ -62,7 +61,6 @@ class ATS(TokenReduction):
     identity: ClassVar = {"min_tokens": 2**31}
     requires: ClassVar[frozenset[str]] = frozenset({"any subset", "class token"})
     statistics: ClassVar[frozenset[str]] = frozenset({"rows"})
-    ragged: ClassVar[bool] = True
 
     first_layer: int = param(3, "first layer that samples, 0-based", least=0)
     samples: float = param(
@@ -73,7 +71,7 @@ class ATS(TokenReduction):
     def acts_on(self, site: Site) -> bool:
         return site.kind == "joint" and site.layer >= self.first_layer
 
-    def plan(self, ctx: TokenContext) -> TokenAssignment | None:
+    def keep(self, ctx: TokenContext) -> Tensor | None:
         if ctx.num_tokens - ctx.protected <= self.min_tokens:
             return None
         stats = ctx.statistics()
@@ -81,8 +79,7 @@ class ATS(TokenReduction):
         score = class_attention(row, stats.value_norm()[:, :, ctx.protected :])
         picked = cdf_sample(score, budget(ctx.grid.num_video, self.samples))
         few = picked.sum(1, keepdim=True) < self.min_tokens
-        class_tokens = torch.ones_like(picked[:, :1]).expand(-1, ctx.protected)
-        return _drop_ragged(torch.cat([class_tokens, picked | few], dim=1))
+        return F.pad(picked | few, (ctx.protected, 0), value=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +122,3 @@ class EVAD(TokenReduction):
             return None
         kept = top_k(torch.where(guarded, torch.inf, importance), num)
         return drop(kept, num)
-
-
-def _drop_ragged(stays: torch.Tensor) -> TokenAssignment | None:
-    """Drop by a mask of one sample whose count is known only from its values."""
-    num = int(stays.sum())
-    return None if num == stays.shape[1] else drop(stays, num)

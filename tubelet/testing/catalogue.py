@@ -24,7 +24,7 @@ from tubelet.core.context import AttentionContext, TokenContext
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.handle import CAPABILITIES
 from tubelet.core.plan import AttentionPlan
-from tubelet.core.recipe import Recipe, TokenReduction
+from tubelet.core.recipe import RaggedReduction, Recipe, TokenReduction
 from tubelet.models.accelerate import accelerate
 from tubelet.models.catalogue import adapter_for, refusal
 from tubelet.testing import tolerances
@@ -57,17 +57,41 @@ def why_refused(model: Any, recipe: Recipe) -> str | None:
 
 
 def spying(recipe: Recipe, watch: Callable[[Any, Any], None]) -> Recipe:
-    """A copy of `recipe` that shows each context and its plan to `watch`."""
-    copied = dataclasses.replace(recipe)
+    """A copy of `recipe` that shows each context and its plan to `watch`.
 
-    def plan(ctx: Any) -> Any:
-        decided = type(recipe).plan(copied, ctx)  # type: ignore[attr-defined]
-        watch(ctx, decided)
+    A ragged recipe is shown sample by sample.
+    """
+    copied, name = dataclasses.replace(recipe), method_of(recipe)
+
+    def decide(ctx: Any) -> Any:
+        decided = getattr(type(recipe), name)(copied, ctx)
+        if isinstance(recipe, RaggedReduction) and decided is not None:
+            for sample, plan in enumerate(TokenAssignment.keep_where(decided)):
+                watch(_sample(ctx, sample), plan)
+        else:
+            watch(ctx, decided)
         return decided
 
     # Recipes are frozen; a copy is shadowed so that the original stays as it is.
-    object.__setattr__(copied, "plan", plan)
+    object.__setattr__(copied, name, decide)
     return copied
+
+
+def method_of(recipe: Recipe) -> str:
+    """Name of the method by which a recipe decides."""
+    return "keep" if isinstance(recipe, RaggedReduction) else "plan"
+
+
+def _sample(ctx: Any, sample: int) -> Any:
+    rows = slice(sample, sample + 1)
+    names = ("hidden", "size", "anchor", "pixels")
+    parts = {n: getattr(ctx, n)[rows] for n in names if getattr(ctx, n) is not None}
+    stats = ctx.stats
+    if stats is not None:
+        tensors = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats)}
+        cut = {n: x[rows] for n, x in tensors.items() if isinstance(x, Tensor)}
+        stats = dataclasses.replace(stats, **cut)
+    return dataclasses.replace(ctx, **parts, stats=stats)
 
 
 def record(model: Any, recipe: Recipe, pixels: Tensor) -> list[tuple[Any, Any]]:
@@ -226,20 +250,19 @@ def _check_assignment(ctx: TokenContext, plan: TokenAssignment) -> None:
 
 
 def plan_traces(model: Any, recipe: Recipe, pixels: Tensor) -> None:
-    """The decision compiles to one graph and decides the same there.
-
-    Ragged recipes read their sizes from the data, so they cannot be traced and are refused here.
-    """
-    assert not getattr(recipe, "ragged", False), f"{recipe.name} takes its sizes from the data"
+    """The decision compiles to one graph and decides the same there."""
     for ctx, plan in record(model, recipe, pixels)[:2]:
         torch._dynamo.reset()
-        decide = recipe.plan  # type: ignore[attr-defined]
+        decide = getattr(recipe, method_of(recipe))
         tensors = torch.compile(lambda c: _tensors(decide(c)), fullgraph=True, backend="eager")  # noqa: B023
-        for found, wanted in zip(tensors(ctx), _tensors(plan), strict=True):
+        expected = [plan.index >= 0] if method_of(recipe) == "keep" and plan else _tensors(plan)
+        for found, wanted in zip(tensors(ctx), expected, strict=True):
             assert difference(found, wanted) <= tolerances.COMPILED, "the traced plan differs"
 
 
-def _tensors(plan: TokenAssignment | AttentionPlan | None) -> list[Tensor]:
+def _tensors(plan: TokenAssignment | AttentionPlan | Tensor | None) -> list[Tensor]:
+    if isinstance(plan, Tensor):
+        return [plan]
     if isinstance(plan, TokenAssignment):
         return [plan.index, plan.weight, plan.anchor, plan.size]
     if plan is None:
@@ -297,7 +320,7 @@ def length_is_kept(model: Any, recipe: Recipe, pixels: Tensor) -> None:
         reduced = _last_hidden(base, pixels)
     assert reduced.shape == dense.shape, f"{tuple(dense.shape)} became {tuple(reduced.shape)}"
     assert bool(reduced.isfinite().all()), "the output is not finite"
-    if not isinstance(recipe, TokenReduction):
+    if not isinstance(recipe, TokenReduction | RaggedReduction):
         return
     assert handle.assignment is not None
     outputs = torch.tensor([a.num_out for a in handle.assignment for _ in range(a.batch)])
