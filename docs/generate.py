@@ -4,14 +4,18 @@ python docs/generate.py            write them
 python docs/generate.py --check    exit 1 if they are out of date
 """
 
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from tubelet.bench.matrix import methods, support
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+TARGETS = tuple(ROOT / name for name in ("README.md", "docs/methods.md", "docs/figures.md"))
+RESULTS = ROOT / "bench" / "results"
+HEADLINE = "videomae-base-cpu"
 
 
 def methods_table() -> str:
@@ -64,6 +68,35 @@ def details() -> str:
     return "\n\n".join(parts)
 
 
+def figures(names: list[str]) -> str:
+    """Tables of result files, each with where it was measured."""
+    return "\n\n".join(_figure(json.loads((RESULTS / f"{n}.json").read_text())) for n in names)
+
+
+def _figure(data: dict[str, Any]) -> str:
+    where = data["environment"]
+    versions = where["versions"]
+    head = f"**{data['model']}**, {data['input']}, {data['dtype']}, {where['hardware']}. "
+    head += f"Medians of {data['repeats']} interleaved runs, random weights; torch "
+    head += f"{versions['torch']}, transformers {versions['transformers']}, commit "
+    head += f"`{where['commit'][:10]}`."
+    columns = ["recipe", "tokens", "latency", "speed-up", "ceiling", "of ceiling", "overhead"]
+    lines = [head, "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    full = data["rows"][0]["mean_tokens"]
+    for row in data["rows"]:
+        cells = [
+            f"`{row['name']}`" if row["name"] != "dense" else "dense",
+            f"{row['mean_tokens'] / full:.0%}",
+            f"{row['latency'] * 1e3:.4g} ms",
+            f"{row['speedup']:.2f}x",
+            "-" if row["ceiling"] is None else f"{row['ceiling']:.2f}x",
+            "-" if row["of_ceiling"] is None else f"{row['of_ceiling']:.0%}",
+            "-" if row["overhead"] is None else f"{row['overhead']:.1%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _short(value: object) -> str:
     if isinstance(value, tuple):
         return "(" + ", ".join(_short(v) for v in value) + ")"
@@ -75,6 +108,8 @@ SECTIONS = {
     "support": support_table,
     "refusals": refusals,
     "details": details,
+    "headline": lambda: figures([HEADLINE]),
+    "figures": lambda: figures(sorted(path.stem for path in RESULTS.glob("*.json"))),
 }
 
 

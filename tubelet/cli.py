@@ -101,6 +101,10 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path(
         "out"
     ),
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Frames per second; default: spread over the whole clip."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Copies of the clip in one forward.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs per variant.")] = 5,
     dtype: Annotated[Precision, typer.Option(help="Precision of the model.")] = Precision.bfloat16,
@@ -117,6 +121,7 @@ def compare(
         model=model,
         recipes=tuple(recipe or ()),
         out=out,
+        rate=rate,
         batch=batch,
         repeats=repeats,
         dtype=dtype.value,

@@ -125,6 +125,12 @@ def test_bad_input_is_named(host) -> None:
         tubelet.compare(host, tiny.clip(1), [ToMe(r=8)], repeats=0)
 
 
+def test_a_recipe_without_effect_is_noted_once(host, recwarn) -> None:
+    result = tubelet.compare(host, tiny.clip(1), [ToMe(r=0)], repeats=2)
+    assert result.notes == ["ToMe(r=0) never changed anything on this clip"]
+    assert len(recwarn) == 0
+
+
 def test_json_holds_every_figure(comparison, tmp_path) -> None:
     data = json.loads(comparison[0].to_json(tmp_path / "report.json").read_text())
     assert data["random_weights"] is True

@@ -12,21 +12,24 @@ SAMPLE = "sample"
 """Name of the clip that tubelet renders itself."""
 
 
-def open_clip(source: str | os.PathLike[str], loaded: LoadedModel) -> Clip:
+def open_clip(
+    source: str | os.PathLike[str], loaded: LoadedModel, rate: float | None = None
+) -> Clip:
     """The frames that the model wants, at its size.
 
     Args:
         source: A video file, or "sample" for the rendered clip (a file of that name wins).
         loaded: The model; sets the number of frames and their size.
+        rate: Frames per second from the start; None spreads them over the whole clip.
 
     Raises:
         ClipError: The file is missing, corrupt, has no video, or too few frames.
     """
     spec = loaded.clip
     if str(source) != SAMPLE or Path(source).exists():
-        return read_clip(os.fspath(source), num_frames=spec.frames, size=spec.size)
+        return read_clip(os.fspath(source), num_frames=spec.frames, rate=rate, size=spec.size)
     clip = render_sample_clip()
-    chosen = sample_indices(clip.times, spec.frames)
+    chosen = sample_indices(clip.times, spec.frames, rate=rate)
     frames = resize(clip.frames[chosen], spec.size)
     return Clip(frames, clip.times[chosen], "rendered sample clip", clip.fps)
 

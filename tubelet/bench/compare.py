@@ -1,5 +1,6 @@
 """`compare`: the dense model first, then each recipe, on the same input."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from tubelet.bench.environment import environment
 from tubelet.bench.measure import count_macs, interleaved, median, peak_memory, seconds
 from tubelet.bench.result import Comparison, Row
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.errors import RecipeError, ShapeError
+from tubelet.core.errors import NoEffectWarning, RecipeError, ShapeError
 from tubelet.core.recipe import RaggedReduction, Recipe, TokenReduction
 from tubelet.core.report import Report
 from tubelet.models.accelerate import accelerate
@@ -85,7 +86,9 @@ def compare(
         accelerate(model, *variant.recipes).remove()
     timed = len(variants) * (1 + ceiling)
     steps = _Steps(progress, 3 * len(variants) + timed * (repeats + 1))
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        # A recipe without effect becomes a note, once.
+        warnings.simplefilter("ignore", NoEffectWarning)
         for variant in variants:
             _observe(model, arguments, device, variant, steps)
         runs, of = _runs(model, arguments, device, variants, ceiling)
@@ -106,7 +109,7 @@ def compare(
         repeats=repeats,
         environment=environment(device),
         rows=rows,
-        notes=[*notes, *_notes(model, random_weights)],
+        notes=[*notes, *_notes(model, random_weights), *_without_effect(variants)],
     )
 
 
@@ -222,6 +225,15 @@ def _row(
         error=float((a - b).norm() / b.norm()),
         report=report,
     )
+
+
+def _without_effect(variants: Sequence[_Variant]) -> list[str]:
+    return [
+        f"{recipe} never changed anything on this clip"
+        for variant in variants
+        for recipe in variant.recipes
+        if variant.report is not None and not variant.report.acted(str(recipe))
+    ]
 
 
 def _full_length(model: Any, variant: _Variant) -> list[float]:

@@ -37,6 +37,7 @@ class Request:
     model: str
     recipes: tuple[str, ...]
     out: Path
+    rate: float | None
     batch: int
     repeats: int
     dtype: str
@@ -61,7 +62,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     dtype = getattr(torch, request.dtype)
     loaded = load_model(request.model, dtype=dtype, device=device, seed=request.seed)
     progress("decoding the clip", 0, 1)
-    clip = open_clip(request.clip, loaded)
+    clip = open_clip(request.clip, loaded, request.rate)
     inputs = model_inputs(clip, loaded, request.batch)
     assignments: dict[str, list[TokenAssignment]] = {}
     comparison = compare(
