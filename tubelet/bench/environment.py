@@ -37,7 +37,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: v for name in PACKAGES if (v := version_of(name)) is not None},
+        "versions": {
+            **{name: v for name in PACKAGES if (v := version_of(name)) is not None},
+            # The package's metadata leaves out which build it is.
+            "torch": torch.__version__,
+        },
     }
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tubelet.core.errors import ClipError, TubeletError
 
@@ -48,7 +48,7 @@ def open_video(path: str | os.PathLike[str]) -> Iterator[tuple["InputContainer",
     _check_file(path)
     try:
         # An absolute path cannot be mistaken for a protocol such as "http:" or "concat:".
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+        with av.open(os.path.abspath(path), **_lenient()) as container:
             yield container, _video_stream(path, container)
     except TubeletError:
         raise
@@ -58,6 +58,13 @@ def open_video(path: str | os.PathLike[str]) -> Iterator[tuple["InputContainer",
             f"{path}: cannot be read as a video ({reason.splitlines()[0]});"
             " it may be corrupt or cut short, try another copy or re-encode it"
         ) from error
+
+
+def _lenient() -> dict[str, Any]:
+    # PyAV up to 18 refuses titles that are not UTF-8 unless told; 19 has no such option.
+    from av.container import InputContainer
+
+    return {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {}
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
