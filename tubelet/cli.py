@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tubelet import __version__
 from tubelet.core.errors import TubeletError
 
 app = typer.Typer(
-    help="tubelet makes video transformers fast.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,6 +36,21 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"tubelet {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    """tubelet makes video transformers fast."""
 
 
 @app.command()
@@ -109,7 +124,9 @@ def compare(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs per variant.")] = 5,
     dtype: Annotated[Precision, typer.Option(help="Precision of the model.")] = Precision.bfloat16,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of a preset's random weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of a preset's random weights.")
+    ] = 0,
     ceiling: Annotated[bool, typer.Option(help="Also time mere slicing.")] = True,
     as_json: Json = False,
 ) -> None:

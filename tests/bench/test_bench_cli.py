@@ -194,3 +194,50 @@ def test_weights_missing_from_a_checkpoint_are_told(run, folder, tmp_path) -> No
     )  # fmt: skip
     assert code == 0
     assert "2 weights are not in the checkpoint" in text
+
+
+def test_a_rate_that_would_repeat_frames_is_refused(run, folder, tmp_path) -> None:
+    args = ["--model", folder, "--recipe", "RLT", "--out", tmp_path / "o"]
+    _refused(run("compare", "sample", "--rate", 100000, *args), "repeat frames")
+
+
+def test_a_folder_in_place_of_a_report_is_refused_at_once(run, folder, tmp_path) -> None:
+    (tmp_path / "report.html").mkdir()
+    result = run("compare", "sample", "--model", folder, "--recipe", "ToMe", "--out", tmp_path)
+    _refused(result, "report.html is a folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--seed", 2**70], ["--model", "m" * 400], ["--out", "o" * 400]], ids=str
+)
+def test_absurd_options_exit_2(run, folder, tmp_path, options) -> None:
+    args = ["--model", folder, "--recipe", "ToMe", "--out", tmp_path / "o", *options]
+    _refused(run("compare", "sample", *args))
+
+
+def test_the_version_is_printed(run) -> None:
+    import tubelet
+
+    assert run("--version") == (0, f"tubelet {tubelet.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"name": None},
+        {"name": "videomae-small", "dtype": "bfloat16"},
+        {"name": "videomae-small", "device": "bogus"},
+        {"name": "videomae-small", "device": "cuda:77"},
+        {"name": "videomae-small", "seed": 2**70},
+        {"name": "/nonexistent/folder"},
+        {"name": "a" * 5000},
+    ],
+    ids=str,
+)
+def test_load_model_names_what_is_wrong(arguments) -> None:
+    from tubelet.core.errors import TubeletError
+    from tubelet.models.load import load_model
+
+    with pytest.raises(TubeletError):
+        load_model(**arguments)

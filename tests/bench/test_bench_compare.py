@@ -193,3 +193,35 @@ def test_pictures_dim_dropped_and_colour_merged_tokens() -> None:
 def test_pictures_refuse_another_grid() -> None:
     with pytest.raises(ShapeError, match="grid"):
         paint(torch.zeros(4, 3, 32, 32), GRID, TokenAssignment.identity(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("recipes", "words"),
+    [
+        ([ToMe], "instances"),
+        ([[]], "instances"),
+        ("ToMe", "instances"),
+        ([ToMe(), ToMe()], "twice"),
+    ],
+)
+def test_what_is_no_list_of_recipes_is_named(host, recipes, words) -> None:
+    with pytest.raises(RecipeError, match=words):
+        tubelet.compare(host, tiny.clip(1), recipes)
+
+
+def test_a_single_recipe_and_further_arguments_are_taken() -> None:
+    vivit = tiny.build("vivit")
+    inputs = {"pixel_values": tiny.clip(1), "interpolate_pos_encoding": False}
+    assert len(tubelet.compare(vivit, inputs, ToMe(r=4), repeats=1, ceiling=False).rows) == 2
+
+
+def test_the_clip_goes_in_under_the_name_that_the_model_wants() -> None:
+    result = tubelet.compare(tiny.build("vjepa2"), tiny.clip(1), ToMe(r=4), repeats=1)
+    assert result.rows[0].tokens_per_layer == [64.0] * 4
+
+
+def test_a_clip_of_another_dtype_or_no_clip_is_named(host) -> None:
+    with pytest.raises(ShapeError, match="float16"):
+        tubelet.compare(host, tiny.clip(1).half(), ToMe(r=4))
+    with pytest.raises(ShapeError, match="needs a clip"):
+        tubelet.compare(host, {}, ToMe(r=4))

@@ -19,7 +19,6 @@ def report() -> Report:
     report.change("ToMe(r=8)", "layers.0", 100, 40)
     report.attention["flex"] += 3
     report.fallbacks["float64"] += 2
-    report.notes.append("two clips were padded")
     return report
 
 
@@ -51,7 +50,6 @@ def test_data_is_ready_for_json(report):
         "changes": [{"recipe": "ToMe(r=8)", "site": "layers.0", "before": 100, "after": 50}],
         "attention": {"flex": 3},
         "fallbacks": {"float64": 2},
-        "notes": ["two clips were padded"],
     }
 
 
@@ -63,7 +61,6 @@ def test_text_shows_every_number(report):
         "  ToMe(r=8) at layers.0: 100 -> 50",
         "  attention flex: 3 calls",
         "  fall-back: float64: 2 times",
-        "  note: two clips were padded",
     ]
 
 

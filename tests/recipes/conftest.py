@@ -71,6 +71,7 @@ def context() -> Callable[..., TokenContext]:
     def build(
         hidden: Tensor,
         *,
+        tubelet: tuple[int, int, int] = (2, 4, 4),
         grid: TokenGrid | None = None,
         kind: Any = "joint",
         layer: int = 0,
@@ -84,6 +85,7 @@ def context() -> Callable[..., TokenContext]:
         groups, num = hidden.shape[:2]
         grid = grid or TokenGrid(frames=1, height=1, width=num)
         return TokenContext(
+            tubelet=tubelet,
             site=Site(name="layer", layer=layer, num_layers=num_layers, kind=kind),
             grid=grid,
             hidden=hidden,

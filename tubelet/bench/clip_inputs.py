@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tubelet.core.errors import ClipError
+from tubelet.models.encoder import ClipSpec
 from tubelet.models.load import LoadedModel
 from tubelet.video import Clip, normalise, read_clip, render_sample_clip, resize, sample_indices
 
@@ -23,9 +25,19 @@ def open_clip(
         rate: Frames per second from the start; None spreads them over the whole clip.
 
     Raises:
-        ClipError: The file is missing, corrupt, has no video, or too few frames.
+        ClipError: The file is missing, corrupt, has no video, or too few frames, or `rate` is
+            above the clip's own, so that frames would repeat.
     """
-    spec = loaded.clip
+    clip = _read(source, loaded.clip, rate)
+    if rate is not None and len(clip.times.unique()) < len(clip.times):
+        raise ClipError(
+            f"{clip.source}: {rate:g} frames per second would repeat frames; use the clip's own "
+            "rate or less"
+        )
+    return clip
+
+
+def _read(source: str | os.PathLike[str], spec: ClipSpec, rate: float | None) -> Clip:
     if str(source) != SAMPLE or Path(source).exists():
         return read_clip(os.fspath(source), num_frames=spec.frames, rate=rate, size=spec.size)
     clip = render_sample_clip()

@@ -19,6 +19,7 @@ from tubelet.core.recipe import RaggedReduction, Recipe, TokenReduction
 from tubelet.core.report import Report
 from tubelet.models.accelerate import accelerate
 from tubelet.models.catalogue import adapter_for
+from tubelet.models.encoder import EncoderAdapter
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, the steps done and the steps in total."""
@@ -40,8 +41,8 @@ class _Variant:
 
 def compare(
     model: Any,
-    inputs: Tensor | Mapping[str, Tensor],
-    recipes: Sequence[Combination],
+    inputs: Tensor | Mapping[str, Any],
+    recipes: Combination | Sequence[Combination],
     *,
     repeats: int = 5,
     ceiling: bool = True,
@@ -57,7 +58,7 @@ def compare(
     Args:
         model: A supported model in eval mode.
         inputs: The clip as the model takes it, or keyword arguments of its forward.
-        recipes: Recipes, or sequences of recipes that work together.
+        recipes: Recipes, or sequences of recipes that work together; each only once.
         repeats: Timed runs per variant, >= 1; variants take turns.
         ceiling: Also time each variant with its token counts merely sliced off.
         name: Name of the model in the result, default its class name.
@@ -71,16 +72,19 @@ def compare(
         The comparison; `table()`, `to_json(path)` and `to_html(path)` show it.
 
     Raises:
-        ShapeError: The input holds NaN or infinite values.
-        RecipeError: No recipe was given, or `repeats` is below 1.
+        ShapeError: The input holds NaN or infinite values, or is not of the model's dtype and
+            device.
+        RecipeError: No recipe, something else, or one twice was given, or `repeats` is below 1.
         UnsupportedError, NoMatchingSitesError, ConflictError: A recipe cannot run on this model;
             raised before anything is measured.
     """
-    arguments = _checked(inputs)
-    if not recipes or repeats < 1:
-        raise RecipeError(f"compare needs recipes and repeats >= 1, got {len(recipes)}, {repeats}")
-    device = next(iter(arguments.values())).device
-    variants = [_Variant("dense", ())] + [_variant(choice) for choice in recipes]
+    arguments = _checked(model, inputs)
+    combinations = _combinations(recipes)
+    if repeats < 1:
+        raise RecipeError(f"compare needs repeats >= 1, got {repeats}")
+    first = next(x for x in arguments.values() if isinstance(x, Tensor))
+    device = first.device
+    variants = [_Variant("dense", ()), *map(_variant, combinations)]
     for variant in variants[1:]:
         # Refusals must come before minutes of measuring.
         accelerate(model, *variant.recipes).remove()
@@ -100,7 +104,6 @@ def compare(
     rows = [_row(variant, variants[0], latency, seen, full_length) for variant in variants]
     if assignments is not None:
         assignments.update({v.name: v.assignment for v in variants if v.assignment})
-    first = next(iter(arguments.values()))
     return Comparison(
         model=name or type(model).__name__,
         random_weights=random_weights,
@@ -127,16 +130,48 @@ def output_of(result: Any) -> Tensor:
     return chosen.detach().float()
 
 
-def _checked(inputs: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    arguments = {"pixel_values": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    for name, value in arguments.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+def _checked(model: Any, inputs: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(inputs, Tensor):
+        adapter = adapter_for(model)
+        assert isinstance(adapter, EncoderAdapter)
+        inputs = {adapter.clip(adapter.base_model(model).config).argument: inputs}
+    clips = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    if not clips:
+        raise ShapeError(f"compare needs a clip, got arguments {list(inputs)}")
+    weights = next(model.parameters())
+    for name, clip in clips.items():
+        if clip.ndim < 5 or not clip.is_floating_point():
+            continue
+        if (clip.dtype, clip.device) != (weights.dtype, weights.device):
+            raise ShapeError(
+                f"{name} is {clip.dtype} on {clip.device}, the model {weights.dtype} on "
+                f"{weights.device}"
+            )
+        if not bool(torch.isfinite(clip).all()):
             raise ShapeError(f"{name} holds NaN or infinite values")
-    return arguments
+    return dict(inputs)
 
 
-def _variant(choice: Combination) -> _Variant:
-    recipes = (choice,) if isinstance(choice, Recipe) else tuple(choice)
+def _combinations(recipes: Combination | Sequence[Combination]) -> list[tuple[Recipe, ...]]:
+    listed = [recipes] if isinstance(recipes, Recipe) else list(recipes)
+    combinations = [(c,) if isinstance(c, Recipe) else c for c in listed]
+    for choice in combinations:
+        whole = isinstance(choice, list | tuple) and len(choice) > 0
+        if not whole or not all(isinstance(recipe, Recipe) for recipe in choice):
+            raise RecipeError(
+                "compare takes recipe instances such as ToMe(r=8), or lists of them, got "
+                f"{choice!r}"
+            )
+    if not combinations:
+        raise RecipeError("compare needs recipes, got none")
+    chosen = [tuple(choice) for choice in combinations]
+    for choice in chosen:
+        if chosen.count(choice) > 1:
+            raise RecipeError(f"{_variant(choice).name} was given twice")
+    return chosen
+
+
+def _variant(recipes: tuple[Recipe, ...]) -> _Variant:
     return _Variant(" + ".join(str(recipe) for recipe in recipes), recipes)
 
 
@@ -151,7 +186,7 @@ class _Steps:
 
 
 def _observe(
-    model: Any, arguments: dict[str, Tensor], device: torch.device, variant: _Variant, steps: _Steps
+    model: Any, arguments: dict[str, Any], device: torch.device, variant: _Variant, steps: _Steps
 ) -> None:
     """Everything but time: output, report, counts of the ceiling, MACs, memory."""
     log = CountLog()
@@ -172,7 +207,7 @@ def _observe(
 
 def _runs(
     model: Any,
-    arguments: dict[str, Tensor],
+    arguments: dict[str, Any],
     device: torch.device,
     variants: Sequence[_Variant],
     ceiling: bool,

@@ -1,6 +1,7 @@
 """The result of a comparison: rows for people, JSON for machines."""
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ class Comparison:
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write the figures; the file appears whole or not at all."""
-        return write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        return write_whole(path, json.dumps(_finite(self.to_dict()), indent=2) + "\n")
 
     def to_html(self, path: str | os.PathLike[str], pictures: Any = None) -> Path:
         """Write one self-contained page; see `bench.html`."""
@@ -112,3 +113,12 @@ class Comparison:
         from tubelet.bench.table import text_table
 
         return text_table(self)
+
+
+def _finite(data: Any) -> Any:
+    """The same data with null for NaN and infinities, which JSON has no words for."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

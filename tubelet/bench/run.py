@@ -11,11 +11,11 @@ from tubelet.bench.compare import Progress, compare
 from tubelet.bench.pictures import strips
 from tubelet.bench.result import Comparison
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.errors import TubeletError, UnsupportedError
+from tubelet.core.errors import TubeletError
 from tubelet.core.recipe import Recipe
 from tubelet.models.catalogue import adapter_for
 from tubelet.models.encoder import EncoderAdapter
-from tubelet.models.load import load_model
+from tubelet.models.load import checked_device, load_model
 from tubelet.recipes import parse
 
 DEFAULT_RECIPES = (
@@ -56,7 +56,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     """
     combinations = [_combination(text) for text in request.recipes or DEFAULT_RECIPES]
     _check_folder(request.out)
-    device = _device(request.device)
+    device = checked_device(request.device)
     progress("loading the model", 0, 1)
     _hush_transformers()
     dtype = getattr(torch, request.dtype)
@@ -83,9 +83,10 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     base = adapter.base_model(loaded.model)
     grid = adapter.grid(base, next(iter(inputs.values())))
     shrunk = {n: parts for n, parts in assignments.items() if parts[0].num_out < parts[0].num_in}
+    pictures = strips(clip.frames, grid, shrunk)
     request.out.mkdir(parents=True, exist_ok=True)
+    comparison.to_html(request.out / "report.html", pictures)
     comparison.to_json(request.out / "report.json")
-    comparison.to_html(request.out / "report.html", strips(clip.frames, grid, shrunk))
     return comparison
 
 
@@ -103,8 +104,11 @@ def _combination(text: str) -> list[Recipe]:
 
 def _check_folder(out: Path) -> None:
     """Raise unless files can be written there; a folder made for the test is removed again."""
-    existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
     try:
+        existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+        for name in ("report.json", "report.html"):
+            if (out / name).is_dir():
+                raise IsADirectoryError(0, f"{name} is a folder")
         if not existing.is_dir():
             raise NotADirectoryError(0, "it is not a folder")
         with tempfile.TemporaryFile(dir=existing):
@@ -119,17 +123,3 @@ def _hush_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UnsupportedError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UnsupportedError(
-            f"device {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA GPUs"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
-    return device

@@ -75,6 +75,7 @@ class TokenContext:
         protected: Leading tokens (class tokens) that must stay.
         shared: Consecutive groups that must get one common decision.
         stats: Attention statistics of the call that produced `hidden`; None at input sites.
+        tubelet: (frames, height, width) in pixels that one token covers.
         pixels: [B, T, 3, H, W] float clip as the host model received it; input sites only.
     """
 
@@ -86,6 +87,7 @@ class TokenContext:
     protected: int = 0
     shared: int = 1
     stats: AttentionStatistics | None = None
+    tubelet: tuple[int, int, int] = (1, 1, 1)
     pixels: Tensor | None = None
 
     @property

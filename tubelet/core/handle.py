@@ -75,8 +75,9 @@ class Handle:
         return self._report
 
     def record_grid(self, grid: TokenGrid) -> None:
-        """Keep the geometry of the latest run (called by adapters)."""
+        """A run begins with this geometry (called by adapters)."""
         self._grid = grid
+        self._assignment = None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write recipes, model and geometry to one small file; `tubelet.load_plan` reads it.

@@ -24,7 +24,6 @@ class Report:
     )
     attention: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
 
     def start_run(self, tokens: int) -> None:
         """A forward pass begins with `tokens` tokens per sample."""
@@ -80,7 +79,6 @@ class Report:
             "changes": changes,
             "attention": dict(self.attention),
             "fallbacks": dict(self.fallbacks),
-            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -96,4 +94,4 @@ class Report:
             lines.append(f"  {row['recipe']} at {row['site']}: {before:.0f} -> {after:.0f}")
         lines += [f"  attention {what}: {n} calls" for what, n in self.attention.items()]
         lines += [f"  fall-back: {why}: {n} times" for why, n in self.fallbacks.items()]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        return "\n".join(lines)

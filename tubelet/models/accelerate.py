@@ -87,6 +87,8 @@ def _check(model: Any, adapter: ModelAdapter, recipes: tuple[Recipe, ...]) -> No
         raise ConflictError(
             f"this {type(model).__name__} or a part of it is accelerated already; remove() first"
         )
+    if any(weight.is_meta for weight in model.parameters()):
+        raise UnsupportedError(f"this {type(model).__name__} has no weights yet (meta device)")
     lacks = adapter.lacks(model)
     for recipe in recipes:
         reason = refusal(recipe, lacks)

@@ -20,9 +20,9 @@ from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import RaggedReduction, Recipe, SparseAttention, TokenReduction
-from tubelet.kernels.attention import CallStatistics, attention, choose, packed_attention
+from tubelet.kernels.attention import CallStatistics, attention, choose, packed_attention, why_not
 from tubelet.models.groups import TokenGroup, unpack
-from tubelet.models.interface import take_over
+from tubelet.models.interface import NAME, take_over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,13 @@ class ClipSpec:
     Args:
         frames: Number of frames.
         size: (height, width) in pixels.
+        tubelet: (frames, height, width) of one token.
         argument: Name of the forward argument, [B, T, 3, H, W].
     """
 
     frames: int
     size: tuple[int, int]
+    tubelet: tuple[int, int, int]
     argument: str = "pixel_values"
 
 
@@ -52,7 +54,7 @@ class EncoderAdapter:
         attention: Path in a layer to the module that calls the attention function.
         norm_after: Path in a layer to the norm in front of the MLP.
         mlp_out: Path in a layer to the last module before the second residual addition.
-        grid: Geometry from the base model and the pixels [B, T, 3, H, W].
+        class_tokens: Tokens in front of the video tokens.
         missing: Capabilities the family lacks, with reasons.
         takes_positions: Layers take original positions as their second argument.
         pooler: Path of an attention pooler over the output tokens, if there is one.
@@ -71,7 +73,7 @@ class EncoderAdapter:
     attention: str
     norm_after: str
     mlp_out: str
-    grid: Callable[[Any, Tensor], TokenGrid]
+    class_tokens: int = 0
     missing: dict[str, str] = field(default_factory=dict)
     takes_positions: bool = False
     pooler: str | None = None
@@ -83,6 +85,18 @@ class EncoderAdapter:
     def base_model(self, model: Any) -> Any:
         """The encoder below a task head."""
         return getattr(model, self.base, model)
+
+    def grid(self, base: Any, pixels: Tensor) -> TokenGrid:
+        """Token geometry of a clip [B, T, 3, H, W]; rests of a tubelet at the ends are cut off."""
+        depth, tall, wide = self.clip(base.config).tubelet
+        _, frames, _, height, width = pixels.shape
+        return TokenGrid(
+            # Hosts that take a clip shorter than a tubelet repeat its frames.
+            frames=max(frames // depth, 1),
+            height=height // tall,
+            width=width // wide,
+            before=self.class_tokens,
+        )
 
     def variants(self) -> dict[str, dict[str, str]]:
         """What each kind of model in the family lacks, by the kind's name."""
@@ -149,7 +163,7 @@ class EncoderRuntime:
         self.grid: TokenGrid | None = None
         self.groups: list[TokenGroup] = []
         self.packed = False
-        self.statistics: dict[int, CallStatistics] = {}
+        self.statistics: dict[int, list[CallStatistics]] = {}
         self.reduced: Tensor | None = None
         self.mlp_output: Tensor | None = None
         self.dropped: Tensor | None = None
@@ -159,6 +173,7 @@ class EncoderRuntime:
     def hook_embeddings(self) -> None:
         """Begin a run when the embeddings are done."""
         self._check_training()
+        self._hook(self.base.register_forward_pre_hook(self._refuse_outputs, with_kwargs=True))
         self._hook(self.embeddings.register_forward_hook(self._begin, with_kwargs=True))
 
     def hook_layers(self) -> None:
@@ -173,6 +188,17 @@ class EncoderRuntime:
 
     def _hook(self, registered: Any) -> None:
         self.handle.on_remove(registered.remove)
+
+    def _refuse_outputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) or getattr(self.base.config, name, False):
+                raise UnsupportedError(
+                    f"{name}=True is not supported with recipes: layers hold different tokens, in "
+                    "another order or packed; remove() first"
+                )
+        changed = getattr(self.base.config, "_attn_implementation", NAME) != NAME
+        if changed and not self.adapter.fused_by_tubelet:
+            raise UnsupportedError("the attention implementation was changed; remove() first")
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         self._check_training()
@@ -249,7 +275,7 @@ class EncoderRuntime:
         self,
         key: tuple[int, str],
         hidden: Tensor,
-        stats: CallStatistics | None = None,
+        stats: list[CallStatistics] | None = None,
         pixels: Tensor | None = None,
     ) -> Tensor | None:
         """Apply the token recipe of a site; None when no token went."""
@@ -259,8 +285,9 @@ class EncoderRuntime:
         parts: list[Tensor] = []
         after: list[TokenGroup] = []
         start = 0
-        for group in self.groups:
-            context = self._context(key, group, hidden, stats, pixels)
+        for number, group in enumerate(self.groups):
+            own = None if stats is None else stats[number]
+            context = self._context(key, group, hidden, own, pixels)
             for piece, tokens, plan in _plans(recipe, context, group):
                 parts.append(tokens if plan is None else plan.reduce(tokens))
                 after.append(piece.after(plan, start))
@@ -289,7 +316,8 @@ class EncoderRuntime:
             size=group.size,
             anchor=group.anchor,
             protected=self.grid.before,
-            stats=None if stats is None else _part(stats, group, self.packed),
+            stats=stats,
+            tubelet=self.adapter.clip(self.base.config).tubelet,
             pixels=None if pixels is None else pixels[samples],
         )
 
@@ -302,9 +330,9 @@ class EncoderRuntime:
         whole = [
             g.origin or TokenAssignment.identity(g.batch, g.num, g.size.device) for g in self.groups
         ]
-        self.handle.record_assignment(whole)
         if all(group.origin is None for group in self.groups):
             return hidden
+        self.handle.record_assignment(whole)
         if self.pooling:
             self.dropped = torch.cat([origin.index < 0 for origin in whole])
         return whole[0].restore(hidden) if not self.packed else unpack(hidden, whole)
@@ -344,17 +372,19 @@ class EncoderRuntime:
             what = "fused by tubelet" if self.adapter.fused_by_tubelet else "as in the host"
             self.handle.report().attention[what] += 1
             if wants:
-                self.statistics[key[0]] = CallStatistics(q, k, v, scale)
+                self.statistics[key[0]] = [CallStatistics(q, k, v, scale)]
             return host()
         bias = torch.cat([g.size.log() for g in self.groups], dim=1) if biased else None
         if attender is None and self.packed:
             lengths = [group.num for group in self.groups]
             self.handle.report().attention[_what("packed", bias)] += 1
             out, lse = packed_attention(q, k, v, lengths, scale=scale, key_bias=bias)
+            whole = CallStatistics(q, k, v, scale, lse, bias)
+            stats = [_part(whole, group) for group in self.groups]
         else:
-            out, lse = self._group_by_group(key, attender, (q, k, v), scale, bias)
+            out, stats = self._group_by_group(key, attender, (q, k, v), scale, bias)
         if wants:
-            self.statistics[key[0]] = CallStatistics(q, k, v, scale, lse, bias)
+            self.statistics[key[0]] = stats
         return out.transpose(1, 2)
 
     def _group_by_group(
@@ -364,14 +394,13 @@ class EncoderRuntime:
         qkv: tuple[Tensor, Tensor, Tensor],
         scale: float,
         bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[CallStatistics]]:
         results = []
         for group in self.groups:
             part = [group.view(x, self.packed, axis=2) for x in qkv]
             own = None if bias is None else group.view(bias, self.packed)
             results.append(self._one_call(key, attender, part, scale, own))
-        outs, lses = zip(*results, strict=True)
-        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+        return torch.cat([out for out, _ in results], dim=2), [stats for _, stats in results]
 
     def _one_call(
         self,
@@ -380,7 +409,7 @@ class EncoderRuntime:
         part: list[Tensor],
         scale: float,
         bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, CallStatistics]:
         assert self.grid is not None
         plan = AttentionPlan()
         if attender is not None:
@@ -392,8 +421,20 @@ class EncoderRuntime:
         what = _what(impl, bias)
         if attender is not None and not plan.is_dense:
             what = f"{attender}: {what}"
-        self.handle.report().attention[what] += 1
-        return attention(q, k, v, plan, scale=scale, key_bias=bias, impl=impl)
+        report = self.handle.report()
+        report.attention[what] += 1
+        if impl != "sdpa":
+            report.fallbacks[f"attention by {impl}: {why_not('sdpa', q, k, v, plan)}"] += 1
+        if key in self.reducers and (plan.mask is not None or plan.order is not None):
+            raise UnsupportedError(
+                f"{self.reducers[key]} cannot score tokens by an attention call that {attender} "
+                "computes in part"
+            )
+        out, lse = attention(q, k, v, plan, scale=scale, key_bias=bias, impl=impl)
+        # Statistics are of the call as it was made: tempered, and with every bias.
+        biases = [b for b in (bias, plan.bias) if b is not None]
+        total = sum(biases[1:], biases[0]) if biases else None
+        return out, CallStatistics(q, k, v, scale / plan.temperature, lse, total)
 
     def _pool(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, host: Callable[[], Tensor]
@@ -445,13 +486,9 @@ def _mean_tokens(groups: Sequence[TokenGroup]) -> float:
     return sum(group.batch * group.num for group in groups) / samples
 
 
-def _part(stats: CallStatistics, group: TokenGroup, packed: bool) -> CallStatistics:
-    """The statistics of one group, out of a packed or a batched call."""
-
-    def cut(x: Tensor | None, axis: int) -> Tensor | None:
-        if x is None:
-            return None
-        return group.view(x, True, axis) if packed else x[group.first : group.first + group.batch]
-
-    tensors = {name: cut(getattr(stats, name), 2) for name in ("q", "k", "v", "lse")}
-    return replace(stats, **tensors, key_bias=cut(stats.key_bias, 1))
+def _part(stats: CallStatistics, group: TokenGroup) -> CallStatistics:
+    """The statistics of one sample out of a packed call."""
+    names = ("q", "k", "v", "lse")
+    tensors = {name: group.view(getattr(stats, name), True, axis=2) for name in names}
+    bias = None if stats.key_bias is None else group.view(stats.key_bias, True)
+    return replace(stats, **tensors, key_bias=bias)

@@ -15,7 +15,7 @@ class TokenGroup:
     """Samples that hold the same number of tokens.
 
     A batch is one group as long as all samples keep equal counts: hidden states are [B, N, C].
-    Once counts differ, each sample is a group and hidden states are packed to [1, sum N, C].
+    Behind a ragged recipe each sample is a group and hidden states are packed to [1, sum N, C].
 
     Args:
         first: First sample of the group.

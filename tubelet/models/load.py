@@ -1,6 +1,7 @@
 """Models by name: architecture presets with random weights, Hugging Face ids, local folders."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tubelet.core.errors import ModelError
+from tubelet.core.errors import ModelError, UnsupportedError
 from tubelet.models.catalogue import adapter_for, adapters
 from tubelet.models.encoder import ClipSpec, EncoderAdapter
 
@@ -43,7 +44,7 @@ def presets() -> dict[str, EncoderAdapter]:
 
 
 def load_model(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -60,11 +61,37 @@ def load_model(
 
     Raises:
         ModelError: The name is unknown, or what it names does not load.
-        UnsupportedError: It loads, but no adapter serves it.
+        UnsupportedError: It loads, but no adapter serves it, or the device is not there.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise ModelError(f"a model is named by text or a path, got {name!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype must be a torch.dtype such as torch.bfloat16, got {dtype!r}")
+    if not -(2**63) <= seed < 2**63:
+        raise ModelError("seed must fit 64 bits")
+    name, place = os.fspath(name), checked_device(device)
     if name in presets():
-        return _from_preset(name, dtype, torch.device(device), seed)
-    return _from_pretrained(name, dtype, torch.device(device))
+        return _from_preset(name, dtype, place, seed)
+    return _from_pretrained(name, dtype, place)
+
+
+def checked_device(name: torch.device | str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        UnsupportedError: It is unknown, missing, or neither a CPU nor a CUDA device.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UnsupportedError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnsupportedError(
+            f"device {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA GPUs"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+    return device
 
 
 def _from_preset(name: str, dtype: torch.dtype, device: torch.device, seed: int) -> LoadedModel:
@@ -83,12 +110,12 @@ def _from_preset(name: str, dtype: torch.dtype, device: torch.device, seed: int)
 def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
     from transformers import AutoConfig, AutoModelForVideoClassification
 
-    if not Path(name).exists() and name.count("/") != 1:
+    if not _exists(name) and name.count("/") != 1:
         close = difflib.get_close_matches(name, list(presets()), n=1)
         hint = f"; did you mean {close[0]}" if close else ""
         raise ModelError(
-            f"unknown model {name!r}{hint}. Presets: {', '.join(presets())}; or give a Hugging "
-            "Face id (owner/name) or a local folder"
+            f"unknown model {name[:80]!r}{hint}. Presets: {', '.join(presets())}; or give a "
+            "Hugging Face id (owner/name) or a local folder"
         )
     try:
         config = AutoConfig.from_pretrained(name)
@@ -113,6 +140,14 @@ def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device) -> Loa
     )
 
 
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        # Too long for the file system, or not a path at all.
+        return False
+
+
 def _missing(keys: Iterable[str]) -> tuple[str, ...]:
     keys = sorted(keys)
     if not keys:
@@ -129,5 +164,8 @@ def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     except OSError:
         # No preprocessor_config.json: the ImageNet values are what these families use.
         settings = {}
-    mean = settings.get("image_mean", IMAGENET_MEAN)
-    return tuple(mean), tuple(settings.get("image_std", IMAGENET_STD))
+    mean = settings.get("image_mean") or IMAGENET_MEAN
+    std = settings.get("image_std") or IMAGENET_STD
+    if not all(isinstance(x, list | tuple) and len(x) == 3 for x in (mean, std)):
+        raise ModelError(f"{name}: image_mean and image_std must be 3 numbers, got {mean}, {std}")
+    return tuple(mean), tuple(std)

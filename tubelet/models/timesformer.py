@@ -14,22 +14,19 @@ from torch import Tensor, nn
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import TokenContext
-from tubelet.core.errors import UnsupportedError
-from tubelet.core.grid import TokenGrid
+from tubelet.core.errors import ShapeError, UnsupportedError
 from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
 from tubelet.kernels.attention import attention
 from tubelet.models.encoder import ClipSpec, EncoderAdapter, EncoderRuntime
 
 
-def _grid(base: Any, pixels: Tensor) -> TokenGrid:
-    patch = base.config.patch_size
-    _, frames, _, height, width = pixels.shape
-    return TokenGrid(frames=frames, height=height // patch, width=width // patch, before=1)
-
-
 def _clip(config: Any) -> ClipSpec:
-    return ClipSpec(frames=config.num_frames, size=(config.image_size, config.image_size))
+    return ClipSpec(
+        frames=config.num_frames,
+        size=(config.image_size, config.image_size),
+        tubelet=(1, config.patch_size, config.patch_size),
+    )
 
 
 class TimesformerAdapter(EncoderAdapter):
@@ -98,7 +95,6 @@ class JointRuntime(EncoderRuntime):
         heads, scale = module.num_heads, module.scale
 
         def forward(hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
-            _refuse_maps(output_attentions)
             qkv = module.qkv(hidden_states).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             q, k, v = qkv.unbind(0)
 
@@ -128,6 +124,16 @@ class DividedRuntime(JointRuntime):
                 "a log-size bias is not defined for divided attention; use proportional=False"
             )
 
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        pixels = args[0] if args else next(iter(kwargs.values()))
+        if pixels.shape[1] != self.base.config.num_frames:
+            # The host would reshape by its configured length and mix up frames and places.
+            raise ShapeError(
+                f"divided TimeSformer takes {self.base.config.num_frames} frames, got "
+                f"{pixels.shape[1]}"
+            )
+        return super()._begin(module, args, kwargs, output)
+
     def hook_layers(self) -> None:
         for index, layer in enumerate(self.layers):
             self.replace_forward(layer, self._layer(index, layer))
@@ -147,7 +153,6 @@ class DividedRuntime(JointRuntime):
         """Divided attention: time for each place, then space for each frame, then the MLP."""
 
         def forward(hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
-            _refuse_maps(output_attentions)
             self.count_tokens(index)
             head, video = hidden_states[:, :1], hidden_states[:, 1:]
             x = video.unflatten(1, (self.frames, self.places)).transpose(1, 2).flatten(0, 1)
@@ -200,9 +205,10 @@ class DividedRuntime(JointRuntime):
         return plan.reduce(x)
 
     def _video_statistics(self, index: int, kind: str):
-        stats = self.statistics.pop(index, None)
-        if stats is None or kind == "temporal":
-            return stats
+        calls = self.statistics.pop(index, None)
+        if calls is None or kind == "temporal":
+            return None if calls is None else calls[0]
+        stats = calls[0]
         # The class token in front takes part in spatial attention only.
         return type(stats)(stats.q[:, :, 1:], stats.k[:, :, 1:], stats.v[:, :, 1:], stats.scale)
 
@@ -226,17 +232,13 @@ class DividedRuntime(JointRuntime):
             return torch.cat([torch.full_like(x[:, :1], value), x], dim=1)
 
         anchor = joined(raster(plan.anchor), self.places)
+        gone = with_class(raster(plan.index).flatten(1) < 0, False)
         return TokenAssignment(
-            index=joined(raster(plan.index), places),
+            index=torch.where(gone, -1, joined(raster(plan.index), places)),
             weight=with_class(raster(plan.weight).flatten(1), 1.0),
             anchor=anchor,
             size=with_class(raster(plan.size).flatten(1), 1.0),
         )
-
-
-def _refuse_maps(output_attentions: bool) -> None:
-    if output_attentions:
-        raise UnsupportedError("output_attentions=True needs maps that fused attention never makes")
 
 
 ADAPTER = TimesformerAdapter(
@@ -248,7 +250,7 @@ ADAPTER = TimesformerAdapter(
     attention="attention.attention",
     norm_after="layernorm_after",
     mlp_out="output",
-    grid=_grid,
+    class_tokens=1,
     fused_by_tubelet=True,
     config_class="TimesformerConfig",
     presets={

@@ -2,27 +2,30 @@
 
 from typing import Any
 
-from torch import Tensor
-
-from tubelet.core.grid import TokenGrid
 from tubelet.models.encoder import ClipSpec, EncoderAdapter
 
 
-def _grid(base: Any, pixels: Tensor) -> TokenGrid:
-    config = base.config
-    _, frames, _, height, width = pixels.shape
-    return TokenGrid(
-        frames=frames // config.tubelet_size,
-        height=height // config.patch_size,
-        width=width // config.patch_size,
+def _clip(config: Any) -> ClipSpec:
+    patch = config.patch_size
+    return ClipSpec(
+        frames=config.num_frames,
+        size=(config.image_size, config.image_size),
+        tubelet=(config.tubelet_size, patch, patch),
     )
 
 
-def _clip(config: Any) -> ClipSpec:
-    return ClipSpec(frames=config.num_frames, size=(config.image_size, config.image_size))
+class VideoMAEAdapter(EncoderAdapter):
+    """VideoMAE's head may read the first token instead of the mean."""
+
+    def lacks(self, model: Any) -> dict[str, str]:
+        missing = super().lacks(model)
+        if getattr(model, "fc_norm", True) is not None:
+            return missing
+        reason = "with use_mean_pooling=False the head reads the first video token"
+        return {**missing, **dict.fromkeys(("any subset", "grid"), reason)}
 
 
-ADAPTER = EncoderAdapter(
+ADAPTER = VideoMAEAdapter(
     family="VideoMAE",
     classes=("VideoMAEForVideoClassification", "VideoMAEModel"),
     base="videomae",
@@ -31,7 +34,6 @@ ADAPTER = EncoderAdapter(
     attention="attention.attention",
     norm_after="layernorm_after",
     mlp_out="output.dropout",
-    grid=_grid,
     missing={
         "class token": "VideoMAE has no class token; it pools by the mean",
         "divided": "VideoMAE attends jointly over space and time",

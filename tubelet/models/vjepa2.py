@@ -2,27 +2,14 @@
 
 from typing import Any
 
-from torch import Tensor
-
-from tubelet.core.grid import TokenGrid
 from tubelet.models.encoder import ClipSpec, EncoderAdapter
-
-
-def _grid(base: Any, pixels: Tensor) -> TokenGrid:
-    config = base.config
-    _, frames, _, height, width = pixels.shape
-    # The host repeats a clip that is shorter than one tubelet.
-    return TokenGrid(
-        frames=max(frames // config.tubelet_size, 1),
-        height=height // config.patch_size,
-        width=width // config.patch_size,
-    )
 
 
 def _clip(config: Any) -> ClipSpec:
     return ClipSpec(
         frames=config.frames_per_clip,
         size=(config.crop_size, config.crop_size),
+        tubelet=(config.tubelet_size, config.patch_size, config.patch_size),
         argument="pixel_values_videos",
     )
 
@@ -36,7 +23,6 @@ ADAPTER = EncoderAdapter(
     attention="attention",
     norm_after="norm2",
     mlp_out="mlp",
-    grid=_grid,
     missing={
         "class token": "V-JEPA 2 has no class token; it pools by attention",
         "divided": "V-JEPA 2 attends jointly over space and time",

@@ -40,9 +40,12 @@ class RLT(RaggedReduction):
 
     def keep(self, ctx: TokenContext) -> Tensor | None:
         assert ctx.pixels is not None
-        grid, (_, frames, _, height, width) = ctx.grid, ctx.pixels.shape
-        tubelet = (frames // grid.frames, height // grid.height, width // grid.width)
-        cut = tubelet_frames(ctx.pixels.float(), tubelet)
+        grid, (depth, tall, wide) = ctx.grid, ctx.tubelet
+        if grid.frames == 1:
+            return None
+        # What is left over at the ends of a clip never reaches the host's embedding.
+        seen = ctx.pixels[:, : grid.frames * depth, :, : grid.height * tall, : grid.width * wide]
+        cut = tubelet_frames(seen.float(), ctx.tubelet)
         starts = run_starts(cut, pixel_difference, self.threshold)
         return F.pad(starts.flatten(1), (grid.before, grid.after), value=True)
 
@@ -91,6 +94,8 @@ class EVAD(TokenReduction):
     in layers 3, 6 and 9 of 12.
     The method is trained in the paper together with a decoder that re-inserts mask tokens;
     only its token dropping is here, training-free.
+    Never fewer tokens stay than a whole frame has; behind a recipe that thinned the keyframe
+    before, that keeps more than the ratio asks for.
     """
 
     paper = Paper("Efficient Video Action Detection with Token Dropout", "2304.08451", "ICCV", 2023)

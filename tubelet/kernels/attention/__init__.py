@@ -1,6 +1,6 @@
 """Attention: one call, several implementations, and statistics built on it."""
 
-from tubelet.kernels.attention.api import IMPLEMENTATIONS, attention, choose
+from tubelet.kernels.attention.api import IMPLEMENTATIONS, attention, choose, why_not
 from tubelet.kernels.attention.packed import packed_attention
 from tubelet.kernels.attention.statistics import (
     CallStatistics,
@@ -16,4 +16,5 @@ __all__ = [
     "choose",
     "packed_attention",
     "received_attention",
+    "why_not",
 ]

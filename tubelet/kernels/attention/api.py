@@ -74,20 +74,30 @@ def choose(
     Raises:
         UnsupportedError: `impl` is unknown or cannot take these inputs.
     """
-    mask = None if plan is None else plan.mask
     if impl == "auto":
-        return next(
-            name
-            for name, module in IMPLEMENTATIONS.items()
-            if name == "reference" or module.refuses(q, k, v, mask, causal) is None
-        )
+        names = IMPLEMENTATIONS
+        return next(n for n in names if why_not(n, q, k, v, plan, causal=causal) is None)
     if impl not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise UnsupportedError(f"unknown attention implementation {impl!r}; use one of {known}")
-    reason = None if impl == "reference" else IMPLEMENTATIONS[impl].refuses(q, k, v, mask, causal)
+    reason = why_not(impl, q, k, v, plan, causal=causal)
     if reason is not None:
         raise UnsupportedError(f"attention implementation {impl!r} cannot run this: {reason}")
     return impl
+
+
+def why_not(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan | None = None,
+    *,
+    causal: bool = False,
+) -> str | None:
+    """Why an implementation cannot take these inputs, or None; the reference takes all."""
+    mask = None if plan is None else plan.mask
+    return None if impl == "reference" else IMPLEMENTATIONS[impl].refuses(q, k, v, mask, causal)
 
 
 def _reordered(

@@ -30,10 +30,11 @@ def with_bias_channels(
     Returns:
         q' and k' of width D + 2 rounded up to a multiple of 8.
     """
-    wanted = key_bias.float().clamp(min=EXCLUDED) / scale
+    wide = torch.promote_types(k.dtype, torch.float32)
+    wanted = key_bias.to(wide).clamp(min=EXCLUDED) / scale
     limit = torch.finfo(k.dtype).max
     high = wanted.clamp(min=-limit).to(k.dtype)
-    low = (wanted - high.float()).clamp(min=-limit).to(k.dtype)
+    low = (wanted - high.to(wide)).clamp(min=-limit).to(k.dtype)
     pair = torch.stack([high, low], dim=-1)[:, None].expand(-1, k.shape[1], -1, -1)
     return _widened(q, q.new_ones(2)), _widened(k, pair)
 

@@ -16,6 +16,8 @@ from tubelet.core.block_mask import BlockMask
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool) -> str | None:
     """Why these inputs cannot run here, or None."""
+    if q.device.type not in ("cpu", "cuda"):
+        return f"FlexAttention is not tested on device {q.device.type!r}"
     if q.dtype == torch.float64:
         return "FlexAttention takes no float64"
     if (

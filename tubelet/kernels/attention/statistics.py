@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -75,7 +76,8 @@ def attention_entropy(
     if key_bias is not None:
         q, values = with_bias_channels(q, k, key_bias, factor)
     out, _ = attention(q, values, values, scale=factor, impl=impl)
-    mean_logit = (q.float() * out.float()).sum(-1) * factor
+    wide = torch.promote_types(q.dtype, torch.float32)
+    mean_logit = (q.to(wide) * out.to(wide)).sum(-1) * factor
     return (lse - mean_logit).clamp(min=0)
 
 
