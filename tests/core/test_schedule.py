@@ -17,15 +17,15 @@ VALUES = st.floats(-100, 100)
 @given(VALUES, st.floats(-1, 1), st.integers(1, 40))
 def test_the_mean_of_linear_is_the_mean(mean, inflection, n):
     schedule = Schedule.linear(mean, inflection)
-    values = [schedule(i, n) for i in range(n)]
+    values = [schedule.at(i, n) for i in range(n)]
     assert math.fsum(values) / n == pytest.approx(mean, abs=1e-9)
 
 
 @SETTINGS
 @given(st.floats(0.1, 100), st.floats(0.1, 1), st.integers(2, 40))
 def test_inflection_says_which_end_gets_more(mean, inflection, n):
-    late = [Schedule.linear(mean, inflection)(i, n) for i in range(n)]
-    early = [Schedule.linear(mean, -inflection)(i, n) for i in range(n)]
+    late = [Schedule.linear(mean, inflection).at(i, n) for i in range(n)]
+    early = [Schedule.linear(mean, -inflection).at(i, n) for i in range(n)]
     assert late == sorted(late)
     assert late[0] < late[-1]
     assert early == pytest.approx(late[::-1])
@@ -36,15 +36,15 @@ def test_inflection_says_which_end_gets_more(mean, inflection, n):
 @SETTINGS
 @given(VALUES, st.integers(1, 40))
 def test_constant_is_the_same_everywhere(value, n):
-    assert {Schedule.constant(value)(i, n) for i in range(n)} == {value}
-    assert [Schedule.linear(value)(i, n) for i in range(n)] == pytest.approx([value] * n)
+    assert {Schedule.constant(value).at(i, n) for i in range(n)} == {value}
+    assert [Schedule.linear(value).at(i, n) for i in range(n)] == pytest.approx([value] * n)
 
 
 @SETTINGS
 @given(st.lists(VALUES, min_size=1, max_size=8), st.integers(1, 20))
 def test_listed_values_are_taken_as_they_are_and_zero_after_the_end(values, n):
     schedule = Schedule.listed(values)
-    assert [schedule(i, n) for i in range(n)] == (values + [0.0] * n)[:n]
+    assert [schedule.at(i, n) for i in range(n)] == (values + [0.0] * n)[:n]
 
 
 @SETTINGS
@@ -52,16 +52,18 @@ def test_listed_values_are_taken_as_they_are_and_zero_after_the_end(values, n):
 def test_stretched_points_are_hit_at_even_depths(points, stride):
     n = (len(points) - 1) * stride + 1
     schedule = Schedule(tuple(points))
-    assert [schedule(i * stride, n) for i in range(len(points))] == pytest.approx(points, abs=1e-9)
+    assert [schedule.at(i * stride, n) for i in range(len(points))] == pytest.approx(
+        points, abs=1e-9
+    )
 
 
 def test_values_between_points_are_interpolated():
     schedule = Schedule((0.0, 8.0, 4.0))
-    assert [schedule(i, 9) for i in range(9)] == pytest.approx([0, 2, 4, 6, 8, 7, 6, 5, 4])
+    assert [schedule.at(i, 9) for i in range(9)] == pytest.approx([0, 2, 4, 6, 8, 7, 6, 5, 4])
 
 
 def test_one_layer_gets_the_mean_of_the_points():
-    assert Schedule((1.0, 2.0, 6.0))(0, 1) == 3.0
+    assert Schedule((1.0, 2.0, 6.0)).at(0, 1) == 3.0
 
 
 @pytest.mark.parametrize("points", [(), (float("nan"),), (1.0, float("inf"))])
@@ -79,4 +81,4 @@ def test_inflection_out_of_range_is_refused(inflection):
 @pytest.mark.parametrize(("i", "n"), [(-1, 3), (3, 3), (0, 0)])
 def test_layers_that_do_not_exist_are_refused(i, n):
     with pytest.raises(IndexError, match=f"layer {i} of {n}"):
-        Schedule.constant(1.0)(i, n)
+        Schedule.constant(1.0).at(i, n)

@@ -110,7 +110,8 @@ def test_ToMe_spends_its_budget_over_the_depth_as_asked(host, recipe, left):
 
 @pytest.mark.parametrize("name", JOINT)
 def test_VidTLDR_equals_the_loops(host, accelerated, name):
-    model, pixels = host(name), tiny.clip(2)
+    # Standing patches give nearly tied similarities, which rounding would decide.
+    model, pixels = host(name), tiny.clip(2, still=0.0)
     got = accelerated(model, VidTLDR(share=(0.2, 0.1)), pixels)
     wanted = oracles.encode(model, pixels, oracles.vid_tldr((0.2, 0.1)))
     assert catalogue.difference(got, wanted) <= tolerances.ORACLE

@@ -45,7 +45,7 @@ class Schedule:
         """One value per layer, 0 after the end."""
         return cls(tuple(float(v) for v in values), stretch=False)
 
-    def __call__(self, i: int, n: int) -> float:
+    def at(self, i: int, n: int) -> float:
         """Value at position `i` of `n`, 0 <= i < n."""
         if not 0 <= i < n:
             raise IndexError(f"layer {i} of {n}")

@@ -47,7 +47,7 @@ class ToMe(TokenReduction):
             schedule = Schedule.listed(self.r)
         else:
             schedule = Schedule.linear(self.r, self.inflection)
-        r = round(schedule(ctx.site.layer, ctx.site.num_layers))
+        r = round(schedule.at(ctx.site.layer, ctx.site.num_layers))
         return merge_most_similar(ctx, ctx.statistics().keys(), r)
 
 
