@@ -9,7 +9,7 @@ import torch
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site, TokenContext
-from tubelet.core.recipe import RaggedReduction, Recipe, TokenReduction, param
+from tubelet.core.recipe import Recipe, TokenRecipe, TokenReduction, param
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class CountLog:
 
     def watch(self, recipe: Recipe) -> Recipe:
         """The same recipe, noting its counts here; other stages pass through."""
-        if not isinstance(recipe, TokenReduction | RaggedReduction):
+        if not isinstance(recipe, TokenRecipe):
             return recipe
         name = "plan" if isinstance(recipe, TokenReduction) else "keep"
         watched, decide = copy.copy(recipe), getattr(recipe, name)

@@ -15,7 +15,7 @@ from tubelet.bench.measure import count_macs, interleaved, median, peak_memory, 
 from tubelet.bench.result import Comparison, Row
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.errors import NoEffectWarning, RecipeError, ShapeError
-from tubelet.core.recipe import RaggedReduction, Recipe, TokenReduction
+from tubelet.core.recipe import Recipe, TokenRecipe
 from tubelet.core.report import Report
 from tubelet.models.accelerate import accelerate
 from tubelet.models.catalogue import adapter_for
@@ -97,11 +97,10 @@ def compare(
             _observe(model, arguments, device, variant, steps)
         runs, of = _runs(model, arguments, device, variants, ceiling)
         interleaved(runs, 1, lambda: steps("warming up"))
-        samples = interleaved(runs, repeats, lambda: steps("timing"))
-    latency = {key: median(seen) for key, seen in zip(of, samples, strict=True)}
-    seen = dict(zip(of, samples, strict=True))
+        timings = interleaved(runs, repeats, lambda: steps("timing"))
+    samples = dict(zip(of, timings, strict=True))
     full_length = _full_length(model, variants[1])
-    rows = [_row(variant, variants[0], latency, seen, full_length) for variant in variants]
+    rows = [_row(variant, variants[0], samples, full_length) for variant in variants]
     if assignments is not None:
         assignments.update({v.name: v.assignment for v in variants if v.assignment})
     return Comparison(
@@ -118,7 +117,7 @@ def compare(
 
 def on_model(model: Any, recipes: Sequence[Recipe]) -> AbstractContextManager[Any]:
     """The model with recipes; without any, dense with the fused attention of the comparison."""
-    if recipes or getattr(adapter_for(model), "fused_by_tubelet", False):
+    if recipes or adapter_for(model).fused_by_tubelet:
         return accelerate(model, *recipes)
     return nullcontext()
 
@@ -196,7 +195,7 @@ def _observe(
         if handle is not None:
             variant.report, variant.assignment = handle.report(), handle.assignment
     cut = log.sliced()
-    others = [r for r in variant.recipes if not isinstance(r, TokenReduction | RaggedReduction)]
+    others = [r for r in variant.recipes if not isinstance(r, TokenRecipe)]
     variant.sliced = None if cut is None else (cut, *others)
     with on_model(model, variant.recipes):
         steps(f"counting {variant.name}")
@@ -233,12 +232,12 @@ def _runs(
 def _row(
     variant: _Variant,
     dense: _Variant,
-    latency: dict[tuple[str, bool], float],
     samples: dict[tuple[str, bool], list[float]],
     full_length: list[float],
 ) -> Row:
     assert variant.output is not None
     assert dense.output is not None
+    latency = {key: median(seen) for key, seen in samples.items()}
     base, own = latency[dense.name, False], latency[variant.name, False]
     cut = latency.get((variant.name, True))
     a, b = variant.output.flatten(1), dense.output.flatten(1)
@@ -285,7 +284,7 @@ def _notes(model: Any, random_weights: bool) -> list[str]:
             "random weights: speed and token counts are real, agreement of the outputs is not "
             "a measure of quality"
         )
-    if getattr(adapter_for(model), "fused_by_tubelet", False):
+    if adapter_for(model).fused_by_tubelet:
         notes.append(
             "the host has no fused attention; the dense baseline runs with tubelet's, so that "
             "recipes get no credit for it"

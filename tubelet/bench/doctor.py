@@ -8,7 +8,8 @@ import torch
 
 from tubelet.bench.environment import hardware, version_of
 from tubelet.core.block_mask import BlockMask
-from tubelet.kernels.attention import IMPLEMENTATIONS
+from tubelet.core.plan import AttentionPlan
+from tubelet.kernels.attention import IMPLEMENTATIONS, why_not
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,21 @@ def _kernels() -> list[Finding]:
     """What each attention implementation takes here, asked of the code that decides."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     findings = []
-    for name, module in IMPLEMENTATIONS.items():
+    for name in IMPLEMENTATIONS:
         for device in devices:
             taken = []
             for what, block in (("dense", None), ("block lists", 128)):
-                reason = None if name == "reference" else _refusal(module, device, block)
+                reason = _refusal(name, device, block)
                 taken.append(what if reason is None else f"no {what} ({reason})")
             findings.append(Finding(f"attention {name} on {device}", "; ".join(taken), True))
     return findings
 
 
-def _refusal(module: Any, device: str, block: int | None) -> str | None:
+def _refusal(name: str, device: str, block: int | None) -> str | None:
     q = torch.zeros(1, 1, 256, 64, device=device, dtype=torch.bfloat16)
     mask = None
     if block is not None:
         kept = torch.ones(1, 1, 256 // block, 256 // block, dtype=torch.bool)
         mask = BlockMask.from_dense(kept, block=(block, block), num_queries=256, num_keys=256)
     with torch.no_grad():
-        return module.refuses(q, q, q, mask, False)
+        return why_not(name, q, q, q, AttentionPlan(mask=mask))

@@ -26,7 +26,7 @@ DEFAULT_RECIPES = (
     "UniformPool",
     "RandomDrop",
 )
-"""What runs when no recipe is named: each takes videomae-base to about half of its tokens."""
+"""What runs when no recipe is named: the authors' defaults, and ToMe at half of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ class ModelAdapter(Protocol):
 
     family: str
     classes: tuple[str, ...]
+    fused_by_tubelet: bool
 
     def lacks(self, model: Any) -> dict[str, str]:
         """Capabilities that this very model does not offer, each with the reason."""

@@ -1,8 +1,9 @@
 """Recipes: published methods as frozen dataclasses that return plans.
 
     Recipe
-    ├── TokenReduction         TokenContext -> TokenAssignment
-    ├── RaggedReduction        TokenContext -> mask, as many tokens as the input needs
+    ├── TokenRecipe
+    │   ├── TokenReduction     TokenContext -> TokenAssignment
+    │   └── RaggedReduction    TokenContext -> mask, as many tokens as the input needs
     ├── SparseAttention        AttentionContext -> AttentionPlan
     ├── AttentionQuantization  precision of the attention product
     ├── StepCache              StepContext -> Action
@@ -124,18 +125,23 @@ class Recipe(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenReduction(Recipe):
-    """Decides which tokens go on and which are dropped or merged."""
+class TokenRecipe(Recipe):
+    """Decides which tokens go on; what its two kinds have in common."""
 
     stage: ClassVar[str] = "tokens"
     requires: ClassVar[frozenset[str]] = frozenset({"any subset"})
     statistics: ClassVar[frozenset[str]] = frozenset()
-    """Attention statistics that `plan` asks for; the host keeps only what is named here."""
+    """Attention statistics that the decision asks for; the host keeps only what is named here."""
 
     @property
     def size_bias(self) -> bool:
         """Whether later attention adds log(size) to a merged token's logits."""
         return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReduction(TokenRecipe):
+    """Decides which tokens are dropped or merged; how many follows from the parameters."""
 
     @abstractmethod
     def plan(self, ctx: TokenContext) -> TokenAssignment | None:
@@ -143,13 +149,8 @@ class TokenReduction(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaggedReduction(Recipe):
+class RaggedReduction(TokenRecipe):
     """Drops tokens whose number depends on the input, so samples of a batch differ in length."""
-
-    stage: ClassVar[str] = "tokens"
-    requires: ClassVar[frozenset[str]] = frozenset({"any subset"})
-    statistics: ClassVar[frozenset[str]] = frozenset()
-    """As in `TokenReduction`."""
 
     @abstractmethod
     def keep(self, ctx: TokenContext) -> Tensor | None:

@@ -59,9 +59,9 @@ class SavedPlan:
             return cls(
                 recipes=recipes, model=data["model"], num_layers=data["num_layers"], grid=grid
             )
+        except RecipeError:
+            raise
         except OSError as error:
             raise RecipeError(f"cannot read plan {path}: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, RecipeError):
-                raise
+        except (ValueError, KeyError, TypeError):
             raise RecipeError(f"{path} is not a tubelet plan") from None

@@ -81,7 +81,7 @@ def _check(model: Any, adapter: ModelAdapter, recipes: tuple[Recipe, ...]) -> No
             raise RecipeError(
                 f"accelerate takes recipe instances such as ToMe(r=8), got {recipe!r}"
             )
-    if not recipes and not getattr(adapter, "fused_by_tubelet", False):
+    if not recipes and not adapter.fused_by_tubelet:
         raise RecipeError(f"give at least one recipe to put on {type(model).__name__}")
     if any(hasattr(module, _MARK) or hasattr(module, OWNER) for module in model.modules()):
         raise ConflictError(

@@ -93,15 +93,14 @@ def unpack(hidden: Tensor, origins: Sequence[TokenAssignment]) -> Tensor:
         hidden: Samples one after the other, in the order of `origins`.
         origins: One per sample, from N originals to its K tokens.
     """
-    lengths = [origin.num_out for origin in origins]
-    ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
-    starts = ends - torch.tensor(lengths, device=hidden.device)
+    lengths = torch.tensor([origin.num_out for origin in origins], device=hidden.device)
+    starts = lengths.cumsum(0) - lengths
     index = torch.cat([origin.index for origin in origins])
     slots = (index.clamp(min=0) + starts[:, None]).flatten()
     rows = hidden[0].index_select(0, slots).unflatten(0, index.shape)
     share = torch.cat([(origin.size / origin.size.sum())[0] for origin in origins])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    every = torch.arange(sum(lengths), device=hidden.device)
+    every = torch.arange(hidden.shape[1], device=hidden.device)
     mean = F.embedding_bag(
         every, hidden[0].to(dtype), starts, mode="sum", per_sample_weights=share.to(dtype)
     )

@@ -35,7 +35,7 @@ class Runtime(Protocol):
 
 
 OWNER = "_tubelet_attention"
-"""Attribute of a module that holds its runtime and the attention it had before."""
+"""Attribute of a module: its runtime (None leaves it alone) and the attention it had before."""
 
 
 def take_over(model: Any, modules: list[nn.Module], runtime: Runtime, handle: Handle) -> None:
@@ -52,7 +52,7 @@ def take_over(model: Any, modules: list[nn.Module], runtime: Runtime, handle: Ha
     watched = set(modules)
     for module in model.modules():
         if hasattr(module, "config"):
-            owner = (runtime if module in watched else _Idle(), _host(module, before))
+            owner = (runtime if module in watched else None, _host(module, before))
             setattr(module, OWNER, owner)
             handle.on_remove(lambda module=module: delattr(module, OWNER))
 
@@ -62,21 +62,6 @@ def _host(module: nn.Module, name: str) -> HostAttention:
 
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get(name, eager)
-
-
-class _Idle:
-    """Runtime of modules whose attention stays as it is."""
-
-    def attend(
-        self,
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        host: Callable[[], Tensor],
-    ) -> Tensor:
-        return host()
 
 
 def _attention(
@@ -98,7 +83,7 @@ def _attention(
         )
         return out
 
-    if isinstance(runtime, _Idle):
+    if runtime is None:
         return as_before(), weights[0]
     if attention_mask is not None:
         raise UnsupportedError("tubelet does not combine recipes with an attention mask here")

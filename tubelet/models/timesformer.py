@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import TokenContext
 from tubelet.core.errors import ShapeError, UnsupportedError
+from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
 from tubelet.kernels.attention import attention
-from tubelet.models.encoder import ClipSpec, EncoderAdapter, EncoderRuntime
+from tubelet.models.encoder import ClipSpec, EncoderAdapter
+from tubelet.models.runtime import EncoderRuntime
 
 
 def _clip(config: Any) -> ClipSpec:
@@ -77,12 +79,9 @@ class TimesformerAdapter(EncoderAdapter):
 class JointRuntime(EncoderRuntime):
     """Raster order inside, fused attention in every layer."""
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        pixels = args[0] if args else next(iter(kwargs.values()))
-        grid = self.adapter.grid(self.base, pixels)
-        video = output[:, 1:].unflatten(1, (-1, grid.frames)).transpose(1, 2).flatten(1, 2)
-        raster = torch.cat([output[:, :1], video], dim=1)
-        return super()._begin(module, args, kwargs, raster)
+    def to_raster(self, embedded: Tensor, grid: TokenGrid) -> Tensor:
+        video = embedded[:, 1:].unflatten(1, (-1, grid.frames)).transpose(1, 2).flatten(1, 2)
+        return torch.cat([embedded[:, :1], video], dim=1)
 
     def finish(self, hidden: Tensor) -> Tensor:
         hidden = super().finish(hidden)
@@ -124,15 +123,13 @@ class DividedRuntime(JointRuntime):
                 "a log-size bias is not defined for divided attention; use proportional=False"
             )
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        pixels = args[0] if args else next(iter(kwargs.values()))
-        if pixels.shape[1] != self.base.config.num_frames:
+    def to_raster(self, embedded: Tensor, grid: TokenGrid) -> Tensor:
+        if grid.frames != self.base.config.num_frames:
             # The host would reshape by its configured length and mix up frames and places.
             raise ShapeError(
-                f"divided TimeSformer takes {self.base.config.num_frames} frames, got "
-                f"{pixels.shape[1]}"
+                f"divided TimeSformer takes {self.base.config.num_frames} frames, got {grid.frames}"
             )
-        return super()._begin(module, args, kwargs, output)
+        return super().to_raster(embedded, grid)
 
     def hook_layers(self) -> None:
         for index, layer in enumerate(self.layers):

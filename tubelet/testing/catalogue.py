@@ -24,7 +24,7 @@ from tubelet.core.context import AttentionContext, TokenContext
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.handle import CAPABILITIES
 from tubelet.core.plan import AttentionPlan
-from tubelet.core.recipe import RaggedReduction, Recipe, TokenReduction
+from tubelet.core.recipe import RaggedReduction, Recipe, TokenRecipe
 from tubelet.models.accelerate import accelerate
 from tubelet.models.catalogue import adapter_for, refusal
 from tubelet.testing import tolerances
@@ -320,7 +320,7 @@ def length_is_kept(model: Any, recipe: Recipe, pixels: Tensor) -> None:
         reduced = _last_hidden(base, pixels)
     assert reduced.shape == dense.shape, f"{tuple(dense.shape)} became {tuple(reduced.shape)}"
     assert bool(reduced.isfinite().all()), "the output is not finite"
-    if not isinstance(recipe, TokenReduction | RaggedReduction):
+    if not isinstance(recipe, TokenRecipe):
         return
     assert handle.assignment is not None
     outputs = torch.tensor([a.num_out for a in handle.assignment for _ in range(a.batch)])

@@ -16,6 +16,16 @@ EXCLUDED = -3.0e4
 """Stands for -inf, whose low part would be NaN; its softmax weight underflows to zero."""
 
 
+def aligned(width: int) -> int:
+    """`width` rounded up to what fused kernels take."""
+    return -(-width // ALIGNMENT) * ALIGNMENT
+
+
+def padded_to(x: Tensor, width: int) -> Tensor:
+    """`x` with zero channels up to `width`; itself, not a copy, when it has them."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
 def with_bias_channels(
     q: Tensor, k: Tensor, key_bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -41,8 +51,8 @@ def with_bias_channels(
 
 def _widened(x: Tensor, extra: Tensor) -> Tensor:
     """`x` with two more channels and zeros up to the alignment, in the memory order of `x`."""
-    width = -(-(x.shape[-1] + 2) // ALIGNMENT) * ALIGNMENT
-    extra = F.pad(extra.expand(*x.shape[:-1], 2), (0, width - x.shape[-1] - 2))
+    width = aligned(x.shape[-1] + 2)
+    extra = padded_to(extra.expand(*x.shape[:-1], 2), width - x.shape[-1])
     # Hosts hand over [B, N, H, D] seen as [B, H, N, D]; a plain cat would transpose it.
     if x.transpose(1, 2).is_contiguous():
         return torch.cat([x.transpose(1, 2), extra.transpose(1, 2)], dim=-1).transpose(1, 2)

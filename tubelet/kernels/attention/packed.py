@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from tubelet.core.errors import ShapeError
 from tubelet.kernels.attention.api import attention
-from tubelet.kernels.attention.channels import with_bias_channels
+from tubelet.kernels.attention.channels import aligned, padded_to, with_bias_channels
 
 
 def packed_attention(
@@ -64,9 +63,9 @@ def _variable_length(
     width = v.shape[-1]
     if key_bias is not None:
         q, k = with_bias_channels(q, k, key_bias, scale)
-    # This kernel wants one width for all three, a multiple of 8.
-    wide = -(-q.shape[-1] // 8) * 8
-    rows = [F.pad(x, (0, wide - x.shape[-1]))[0].transpose(0, 1) for x in (q, k, v)]
+    # This kernel wants one width for all three.
+    wide = aligned(q.shape[-1])
+    rows = [padded_to(x, wide)[0].transpose(0, 1) for x in (q, k, v)]
     starts, longest = _starts(lengths, q.device), max(lengths)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *(x.contiguous() for x in rows),

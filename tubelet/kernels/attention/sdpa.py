@@ -5,11 +5,10 @@ watches their signatures.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
-from tubelet.kernels.attention.channels import ALIGNMENT, with_bias_channels
+from tubelet.kernels.attention.channels import aligned, padded_to, with_bias_channels
 
 aten = torch.ops.aten
 
@@ -94,13 +93,13 @@ def _cuda(
     width, queries = v.shape[-1], q.shape[2]
     if key_bias is not None:
         q, k = with_bias_channels(q, k, key_bias, scale)
-    q, k, v = (_padded(x, ALIGNMENT) for x in (q, k, v))
+    q, k, v = (padded_to(x, aligned(x.shape[-1])) for x in (q, k, v))
     if _prefers_cudnn(q, k):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
         return out[..., :width], lse.reshape(q.shape[:3])
-    v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    v = padded_to(v, q.shape[-1])
     if q.dtype == torch.float32 or q.shape[-1] > 256:
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, causal, scale=scale
@@ -122,8 +121,3 @@ def _prefers_cudnn(q: Tensor, k: Tensor) -> bool:
         and torch.cuda.get_device_capability(q.device) >= (9, 0)
         and torch.backends.cudnn.is_available()
     )
-
-
-def _padded(x: Tensor, alignment: int) -> Tensor:
-    spare = -x.shape[-1] % alignment
-    return F.pad(x, (0, spare)) if spare else x

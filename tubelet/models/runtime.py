@@ -1,0 +1,394 @@
+"""The runtime that carries plans out on a video encoder.
+
+Hooks only. A plan acts between a layer's attention and its MLP although that residual stream is
+local to the layer: the norm in front of the MLP receives the reduced tokens, the MLP's output is
+kept aside, and the layer's own result is replaced by reduced tokens + MLP output. The sequence
+returns to its full length after the last layer, so everything behind sees what it expects.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tubelet.core.assignment import TokenAssignment
+from tubelet.core.context import AttentionContext, Site, TokenContext
+from tubelet.core.errors import ShapeError, UnsupportedError
+from tubelet.core.grid import TokenGrid
+from tubelet.core.handle import Handle
+from tubelet.core.plan import AttentionPlan
+from tubelet.core.recipe import (
+    RaggedReduction,
+    Recipe,
+    SparseAttention,
+    TokenRecipe,
+    TokenReduction,
+)
+from tubelet.kernels.attention import CallStatistics, attention, choose, packed_attention, why_not
+from tubelet.models.groups import TokenGroup, unpack
+from tubelet.models.interface import NAME
+
+if TYPE_CHECKING:
+    from tubelet.models.encoder import EncoderAdapter
+
+
+class EncoderRuntime:
+    """Recipes at work on one encoder; its state lives from the embeddings to the last layer."""
+
+    def __init__(
+        self, adapter: "EncoderAdapter", model: Any, recipes: Sequence[Recipe], handle: Handle
+    ) -> None:
+        base = adapter.base_model(model)
+        self.adapter, self.base, self.handle = adapter, base, handle
+        self.embeddings: nn.Module = base.get_submodule(adapter.embeddings)
+        self.layers: list[nn.Module] = list(base.get_submodule(adapter.layers))
+        self.sites = {(site.layer, site.kind): site for site in adapter.sites(model)}
+        self.reducers = _by_site(recipes, TokenRecipe, self.sites)
+        self.attenders = _by_site(recipes, SparseAttention, self.sites)
+        self.size_bias = any(r.size_bias for r in recipes if isinstance(r, TokenRecipe))
+        self.layer_of = {
+            layer.get_submodule(adapter.attention): i for i, layer in enumerate(self.layers)
+        }
+        pooler = None if adapter.pooler is None else getattr(model, adapter.pooler, None)
+        self.pooling = [m for m in pooler.modules() if hasattr(m, "config")] if pooler else []
+        if pooler is not None:
+            self._hook(pooler.register_forward_hook(self._after_pooling))
+        self.noise = [m for layer in self.layers for m in layer.modules() if _noise(m) > 0]
+        self.tubelet = adapter.clip(base.config).tubelet
+        self.grid: TokenGrid | None = None
+        self.groups: list[TokenGroup] = []
+        self.packed = False
+        self.statistics: dict[int, list[CallStatistics]] = {}
+        self.reduced: Tensor | None = None
+        self.mlp_output: Tensor | None = None
+        self.dropped: Tensor | None = None
+
+    # Hooks
+
+    def hook_embeddings(self) -> None:
+        """Begin a run when the embeddings are done."""
+        self._check_training()
+        self._hook(self.base.register_forward_pre_hook(self._refuse_outputs, with_kwargs=True))
+        self._hook(self.embeddings.register_forward_hook(self._begin, with_kwargs=True))
+
+    def hook_layers(self) -> None:
+        """Reduce between attention and MLP of each layer, restore after the last one."""
+        for index, layer in enumerate(self.layers):
+            norm = layer.get_submodule(self.adapter.norm_after)
+            mlp_out = layer.get_submodule(self.adapter.mlp_out)
+            self._hook(layer.register_forward_pre_hook(self._enter(index), with_kwargs=True))
+            self._hook(norm.register_forward_pre_hook(self._before_mlp(index)))
+            self._hook(mlp_out.register_forward_hook(self._after_mlp))
+            self._hook(layer.register_forward_hook(self._leave(index)))
+
+    def _hook(self, registered: Any) -> None:
+        self.handle.on_remove(registered.remove)
+
+    def _refuse_outputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) or getattr(self.base.config, name, False):
+                raise UnsupportedError(
+                    f"{name}=True is not supported with recipes: layers hold different tokens, in "
+                    "another order or packed; remove() first"
+                )
+        changed = getattr(self.base.config, "_attn_implementation", NAME) != NAME
+        if changed and not self.adapter.fused_by_tubelet:
+            raise UnsupportedError("the attention implementation was changed; remove() first")
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        self._check_training()
+        pixels = args[0] if args else next(iter(kwargs.values()))
+        self.grid = self.adapter.grid(self.base, pixels)
+        if output.shape[1] != self.grid.num_tokens:
+            raise ShapeError(
+                f"{self.adapter.family} embedded {output.shape[1]} tokens where the clip has "
+                f"{self.grid.num_tokens} ({self.grid}); masked inputs are not supported"
+            )
+        output = self.to_raster(output, self.grid)
+        self.groups = [TokenGroup.whole(*output.shape[:2], device=output.device)]
+        self.packed, self.dropped, self.reduced = False, None, None
+        self.statistics.clear()
+        self.handle.report().start_run(self.grid.num_tokens)
+        self.handle.record_grid(self.grid)
+        reduced = self.reduce((-1, "input"), output, pixels=pixels)
+        return output if reduced is None else reduced
+
+    def to_raster(self, embedded: Tensor, grid: TokenGrid) -> Tensor:
+        """Embedded tokens in raster order; most hosts have it."""
+        return embedded
+
+    def _check_training(self) -> None:
+        # Dropout behind the MLP would be skipped, and checkpointing would replay a layer with
+        # the state of the end of the run.
+        if any(module.training and _noise(module) > 0 for module in self.noise):
+            raise UnsupportedError("dropout or stochastic depth is active; call model.eval()")
+        replayed = [x for x in self.layers if getattr(x, "gradient_checkpointing", False)]
+        if any(layer.training for layer in replayed):
+            raise UnsupportedError("gradient checkpointing cannot replay a token reduction")
+
+    def _enter(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            self.count_tokens(index)
+            if not self.adapter.takes_positions or self.groups[0].origin is None:
+                return None
+            positions = torch.cat([group.anchor for group in self.groups], dim=1)
+            return (args[0], positions, *args[2:]), kwargs
+
+        return hook
+
+    def _before_mlp(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any) -> Any:
+            self.reduced = self.reduce((index, "joint"), args[0], self.statistics.pop(index, None))
+            return None if self.reduced is None else (self.reduced, *args[1:])
+
+        return hook
+
+    def _after_mlp(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if self.reduced is None:
+            return None
+        self.mlp_output = output
+        # Broadcasts in the host's residual addition, whose result is replaced in `_leave`.
+        return output.new_zeros(1, 1, 1)
+
+    def _leave(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if self.reduced is not None and self.mlp_output is not None:
+                hidden = self.mlp_output + self.reduced
+            self.reduced = self.mlp_output = None
+            if index == len(self.layers) - 1:
+                hidden = self.finish(hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    def _after_pooling(self, *call: Any) -> None:
+        self.dropped = None
+
+    # Tokens
+
+    def count_tokens(self, index: int) -> None:
+        """Note how many tokens per sample enter a layer."""
+        self.handle.report().enter_layer(index, _mean_tokens(self.groups))
+
+    def reduce(
+        self,
+        key: tuple[int, str],
+        hidden: Tensor,
+        stats: list[CallStatistics] | None = None,
+        pixels: Tensor | None = None,
+    ) -> Tensor | None:
+        """Apply the token recipe of a site; None when no token went."""
+        recipe = self.reducers.get(key)
+        if recipe is None:
+            return None
+        parts: list[Tensor] = []
+        after: list[TokenGroup] = []
+        start = 0
+        for number, group in enumerate(self.groups):
+            own = None if stats is None else stats[number]
+            context = self._context(key, group, hidden, own, pixels)
+            for piece, tokens, plan in _plans(recipe, context, group):
+                parts.append(tokens if plan is None else plan.reduce(tokens))
+                after.append(piece.after(plan, start))
+                start += after[-1].num
+        before, left = _mean_tokens(self.groups), _mean_tokens(after)
+        self.handle.report().change(str(recipe), self.sites[key].name, before, left)
+        if left == before:
+            return None
+        self.groups, self.packed = after, len(after) > 1
+        return torch.cat(parts, dim=1) if self.packed else parts[0]
+
+    def _context(
+        self,
+        key: tuple[int, str],
+        group: TokenGroup,
+        hidden: Tensor,
+        stats: CallStatistics | None,
+        pixels: Tensor | None,
+    ) -> TokenContext:
+        assert self.grid is not None
+        samples = slice(group.first, group.first + group.batch)
+        return TokenContext(
+            site=self.sites[key],
+            grid=self.grid,
+            hidden=group.view(hidden, self.packed),
+            size=group.size,
+            anchor=group.anchor,
+            protected=self.grid.before,
+            stats=stats,
+            tubelet=self.tubelet,
+            pixels=None if pixels is None else pixels[samples],
+        )
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Full-length output after the last layer: every original token gets its survivor's value.
+
+        Dropped tokens get the size-weighted mean of the survivors, so that mean pooling over the
+        sequence equals size-weighted pooling over what survived.
+        """
+        whole = [group.origin for group in self.groups if group.origin is not None]
+        if not whole:
+            return hidden
+        self.handle.record_assignment(whole)
+        if self.pooling:
+            self.dropped = torch.cat([origin.index < 0 for origin in whole])
+        return whole[0].restore(hidden) if not self.packed else unpack(hidden, whole)
+
+    # Attention
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        host: Callable[[], Tensor],
+    ) -> Tensor:
+        """One attention call of a layer or of the pooler, as [B, N, H, D]."""
+        index = self.layer_of.get(module)
+        if index is None:
+            return self._pool(q, k, v, scale, host)
+        return self.attend_at((index, "joint"), q, k, v, scale, host)
+
+    def attend_at(
+        self,
+        key: tuple[int, str],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        host: Callable[[], Tensor],
+    ) -> Tensor:
+        """One attention call at a site, with its plan, its bias and its statistics."""
+        reducer, attender = self.reducers.get(key), self.attenders.get(key)
+        wants = frozenset() if reducer is None else reducer.statistics
+        needs_lse = bool(wants & {"received", "entropy"})
+        biased = self.size_bias and any(group.merged for group in self.groups)
+        if attender is None and not (needs_lse or biased or self.packed):
+            what = "fused by tubelet" if self.adapter.fused_by_tubelet else "as in the host"
+            self.handle.report().attention[what] += 1
+            if wants:
+                self.statistics[key[0]] = [CallStatistics(q, k, v, scale)]
+            return host()
+        bias = torch.cat([g.size.log() for g in self.groups], dim=1) if biased else None
+        if attender is None and self.packed:
+            lengths = [group.num for group in self.groups]
+            self.handle.report().attention[_what("packed", bias)] += 1
+            out, lse = packed_attention(q, k, v, lengths, scale=scale, key_bias=bias)
+            whole = CallStatistics(q, k, v, scale, lse, bias)
+            stats = [_part(whole, group) for group in self.groups]
+        else:
+            out, stats = self._group_by_group(key, attender, (q, k, v), scale, bias)
+        if wants:
+            self.statistics[key[0]] = stats
+        return out.transpose(1, 2)
+
+    def _group_by_group(
+        self,
+        key: tuple[int, str],
+        attender: SparseAttention | None,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scale: float,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, list[CallStatistics]]:
+        results = []
+        for group in self.groups:
+            part = [group.view(x, self.packed, axis=2) for x in qkv]
+            own = None if bias is None else group.view(bias, self.packed)
+            results.append(self._one_call(key, attender, part, scale, own))
+        return torch.cat([out for out, _ in results], dim=2), [stats for _, stats in results]
+
+    def _one_call(
+        self,
+        key: tuple[int, str],
+        attender: SparseAttention | None,
+        part: list[Tensor],
+        scale: float,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, CallStatistics]:
+        assert self.grid is not None
+        plan = AttentionPlan()
+        if attender is not None:
+            plan = attender.plan(
+                AttentionContext(site=self.sites[key], grid=self.grid, query=part[0], key=part[1])
+            )
+        q, k, v = part
+        impl = choose(q, k, v, plan)
+        what = _what(impl, bias)
+        if attender is not None and not plan.is_dense:
+            what = f"{attender}: {what}"
+        report = self.handle.report()
+        report.attention[what] += 1
+        if impl != "sdpa":
+            report.fallbacks[f"attention by {impl}: {why_not('sdpa', q, k, v, plan)}"] += 1
+        if key in self.reducers and (plan.mask is not None or plan.order is not None):
+            raise UnsupportedError(
+                f"{self.reducers[key]} cannot score tokens by an attention call that {attender} "
+                "computes in part"
+            )
+        out, lse = attention(q, k, v, plan, scale=scale, key_bias=bias, impl=impl)
+        # Statistics are of the call as it was made: tempered, and with every bias.
+        biases = [b for b in (bias, plan.bias) if b is not None]
+        total = sum(biases[1:], biases[0]) if biases else None
+        return out, CallStatistics(q, k, v, scale / plan.temperature, lse, total)
+
+    def _pool(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, host: Callable[[], Tensor]
+    ) -> Tensor:
+        if self.dropped is None or not bool(self.dropped.any()):
+            return host()
+        # Dropped tokens hold a mean; the pooler must not see it as a token.
+        bias = torch.zeros(self.dropped.shape, device=q.device)
+        bias = bias.masked_fill(self.dropped, -torch.inf)
+        out, _ = attention(q, k, v, scale=scale, key_bias=bias)
+        return out.transpose(1, 2)
+
+
+def _what(impl: str, bias: Tensor | None) -> str:
+    """How an attention call was made, for the report."""
+    return impl if bias is None else f"{impl}, log-size bias"
+
+
+def _noise(module: nn.Module) -> float:
+    """Rate of a dropout or stochastic-depth module; 0 for any other."""
+    name = "p" if isinstance(module, nn.Dropout) else "drop_prob"
+    return float(getattr(module, name, None) or 0.0)
+
+
+def _plans(
+    recipe: TokenReduction | RaggedReduction, context: TokenContext, group: TokenGroup
+) -> list[tuple[TokenGroup, Tensor, TokenAssignment | None]]:
+    """The plan of a group, or of each of its samples: (samples, their tokens, plan)."""
+    if isinstance(recipe, TokenReduction):
+        return [(group, context.hidden, recipe.plan(context))]
+    mask = recipe.keep(context)
+    if mask is None:
+        return [(group, context.hidden, None)]
+    plans = TokenAssignment.keep_where(mask)
+    if all(plan.num_out == group.num for plan in plans):
+        return [(group, context.hidden, None)]
+    samples = context.hidden.split(1)
+    return list(zip(group.split(), samples, plans, strict=True))
+
+
+def _by_site(recipes: Sequence[Recipe], stage: Any, sites: dict[Any, Site]) -> dict[Any, Any]:
+    """The recipe of a stage at each site that one acts on."""
+    chosen = [recipe for recipe in recipes if isinstance(recipe, stage)]
+    return {key: r for key, site in sites.items() for r in chosen if r.acts_on(site)}
+
+
+def _mean_tokens(groups: Sequence[TokenGroup]) -> float:
+    samples = sum(group.batch for group in groups)
+    return sum(group.batch * group.num for group in groups) / samples
+
+
+def _part(stats: CallStatistics, group: TokenGroup) -> CallStatistics:
+    """The statistics of one sample out of a packed call."""
+    names = ("q", "k", "v", "lse")
+    tensors = {name: group.view(getattr(stats, name), True, axis=2) for name in names}
+    bias = None if stats.key_bias is None else group.view(stats.key_bias, True)
+    return replace(stats, **tensors, key_bias=bias)
