@@ -19,7 +19,7 @@ ALLOWED = {
     "models": {"core", "kernels", "models", "nn"},
     "video": {"core", "video"},
     "nn": {"core", "kernels", "ops", "nn"},
-    "train": {"core", "kernels", "ops", "nn", "train", "video"},
+    "train": {"core", "kernels", "ops", "nn", "models", "recipes", "train", "video"},
     "bench": {"core", "ops", "kernels", "recipes", "models", "nn", "train", "video", "bench"},
 }
 """Sub-packages that each sub-package may import; "" is tubelet/__init__.py. `testing` and `cli`
