@@ -3,6 +3,7 @@
 import torch
 
 from tubelet.core.assignment import TokenAssignment
+from tubelet.core.learned import LearnedPlan
 from tubelet.models.groups import TokenGroup, unpack
 
 
@@ -29,3 +30,18 @@ def test_a_group_splits_into_its_samples() -> None:
     assert second.anchor.tolist() == [[1, 3]]
     hidden = torch.arange(4.0).reshape(1, 4, 1)
     assert second.view(hidden, packed=True).flatten().tolist() == [2.0, 3.0]
+
+
+def test_learned_weights_follow_their_tokens_and_add_up() -> None:
+    weights = (torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0, 20.0]]))
+    kept = (torch.tensor([[0, 2, 3]]), torch.tensor([[0, 2]]))
+    group = TokenGroup.whole(1, 4, torch.device("cpu"))
+    for weight, places in zip(weights, kept, strict=True):
+        plan = TokenAssignment.keep(places, group.num)
+        hidden = torch.zeros(1, plan.num_out, 2)
+        group = group.after(LearnedPlan(assignment=plan, hidden=hidden, log_weight=weight), 0)
+    assert group.log_weight is not None
+    assert group.log_weight.tolist() == [[11.0, 23.0]]
+    last = group.after(TokenAssignment.keep(torch.tensor([[1]]), 2), 0)
+    assert last.log_weight is not None
+    assert last.log_weight.tolist() == [[23.0]]

@@ -358,7 +358,9 @@ def test_hosts_still_attend_through_the_interface(hosts, name):
 def test_class_names_of_the_adapters_still_exist_in_transformers():
     import transformers
 
-    for adapter in adapters():
+    foreign = [a for a in adapters() if a.family != "VideoViT"]
+    assert len(foreign) > 3
+    for adapter in foreign:
         for name in adapter.classes:
             assert hasattr(transformers, name), f"{adapter.family}: {name}"
 

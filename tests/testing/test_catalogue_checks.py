@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tubelet.core.recipe import Recipe, TokenReduction
+from tubelet.core.recipe import Recipe, TokenRecipe
 from tubelet.testing import catalogue, tiny, tolerances
 
 RECIPES = {recipe.name: recipe for recipe in catalogue.settings()}
 # Built here only to ask which pairs run; a host's answer depends on its config alone.
-HOSTS = {name: catalogue.stir(tiny.build(name)) for name in tiny.HOSTS}
+HOSTS = {name: catalogue.stir(tiny.build(name, reducers=True)) for name in tiny.HOSTS}
 # The identity point is asked for on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::tubelet.core.errors.NoEffectWarning")
 
@@ -56,7 +56,7 @@ def test_recipe_runs_or_is_refused_with_the_reason(name, host):
 @pairs
 def test_identity_point_equals_dense(name, host):
     model, recipe = pair(name, host)
-    replaced = "timesformer" in host or not isinstance(recipe, TokenReduction)
+    replaced = "timesformer" in host or not isinstance(recipe, TokenRecipe)
     bound = tolerances.REPLACED_ATTENTION if replaced else tolerances.EXACT
     catalogue.identity_equals_dense(model, recipe, clip(), bound)
 
@@ -108,7 +108,7 @@ def test_plans_trace_full_graph():
 import torch
 from tubelet.testing import catalogue, tiny
 for host in tiny.HOSTS:
-    model = tiny.build(host)
+    model = tiny.build(host, reducers=True)
     for recipe in catalogue.settings():
         if catalogue.why_refused(model, recipe) is None:
             catalogue.plan_traces(model, recipe, tiny.clip(2))

@@ -9,6 +9,7 @@ import torch
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site, TokenContext
+from tubelet.core.learned import LearnedPlan
 from tubelet.core.recipe import Recipe, TokenRecipe, TokenReduction, param
 
 
@@ -42,7 +43,7 @@ class CountLog:
         """The same recipe, noting its counts here; other stages pass through."""
         if not isinstance(recipe, TokenRecipe):
             return recipe
-        name = "plan" if isinstance(recipe, TokenReduction) else "keep"
+        name = recipe.decides
         watched, decide = copy.copy(recipe), getattr(recipe, name)
 
         def noting(ctx: TokenContext) -> Any:
@@ -50,7 +51,7 @@ class CountLog:
             seen = self._seen[ctx.site.layer, ctx.site.kind]
             if result is None:
                 seen += [ctx.num_tokens] * ctx.hidden.shape[0]
-            elif isinstance(result, TokenAssignment):
+            elif isinstance(result, TokenAssignment | LearnedPlan):
                 seen += [result.num_out] * result.batch
             else:
                 seen += result.sum(1).tolist()

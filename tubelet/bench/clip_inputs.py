@@ -1,17 +1,89 @@
 """From a clip on disk to what a model takes."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from tubelet.core.errors import ClipError
 from tubelet.models.encoder import ClipSpec
 from tubelet.models.load import LoadedModel
+from tubelet.train.clips import TASKS, TEST_SEED, make_clips
 from tubelet.video import Clip, normalise, read_clip, render_sample_clip, resize, sample_indices
 
 SAMPLE = "sample"
 """Name of the clip that tubelet renders itself."""
+
+TASK = "task:"
+"""Prefix of procedural test clips, as in "task:shells"."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is run on.
+
+    Attributes:
+        clip: The (first) clip, for pictures.
+        arguments: Keyword arguments of the forward.
+        description: What went in, in words.
+        labels: int64 [B], the right answers where they are known and the model was asked.
+    """
+
+    clip: Clip
+    arguments: dict[str, Any]
+    description: str
+    labels: Tensor | None = None
+
+
+def gather_inputs(
+    source: str | os.PathLike[str],
+    loaded: LoadedModel,
+    rate: float | None = None,
+    batch: int = 1,
+) -> Inputs:
+    """Clips for a model: copies of one video, or `batch` different clips of a procedural task.
+
+    Args:
+        source: A video file, "sample", or "task:NAME" with a task of `tubelet.train.clips`.
+        loaded: The model.
+        rate: Frames per second, for videos.
+        batch: Clips in one forward.
+
+    Raises:
+        ClipError: As for `open_clip`.
+        TubeletError: The task is unknown.
+    """
+    name = os.fspath(source)
+    if name.startswith(TASK) and not Path(name).exists():
+        return _task_inputs(name.removeprefix(TASK), loaded, batch)
+    clip = open_clip(source, loaded, rate)
+    return Inputs(clip, model_inputs(clip, loaded, batch), describe(clip, batch))
+
+
+def _task_inputs(name: str, loaded: LoadedModel, batch: int) -> Inputs:
+    spec = loaded.clip
+    # A model that knows the task takes clips of any length; others get their own.
+    known = name in getattr(loaded.model.config, "task_names", ())
+    frames = TASKS[name].frames if known else spec.frames
+    made = make_clips(name, batch, TEST_SEED, frames=frames, size=min(spec.size))
+    bytes_ = (made.pixels * 255).round().byte()
+    times = torch.arange(made.pixels.shape[1], dtype=torch.float64) / 16
+    clip = Clip(bytes_[0], times, f"procedural clip of {name}", 16.0)
+    parameter = next(loaded.model.parameters())
+    pixels = torch.stack([normalise(one, loaded.mean, loaded.std) for one in bytes_])
+    arguments: dict[str, Any] = {spec.argument: pixels.to(parameter.device, parameter.dtype)}
+    if known:
+        arguments["task"] = name
+    answered = known and name in loaded.model.config.tasks
+    return Inputs(
+        clip,
+        arguments,
+        f"{batch} test clips of {name}, {frames} frames of {spec.size[0]}x{spec.size[1]}",
+        made.labels.to(parameter.device) if answered else None,
+    )
 
 
 def open_clip(

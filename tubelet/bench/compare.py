@@ -44,6 +44,7 @@ def compare(
     inputs: Tensor | Mapping[str, Any],
     recipes: Combination | Sequence[Combination],
     *,
+    labels: Tensor | None = None,
     repeats: int = 5,
     ceiling: bool = True,
     name: str | None = None,
@@ -59,6 +60,7 @@ def compare(
         model: A supported model in eval mode.
         inputs: The clip as the model takes it, or keyword arguments of its forward.
         recipes: Recipes, or sequences of recipes that work together; each only once.
+        labels: int64 [B], the right class of each clip, to report accuracy.
         repeats: Timed runs per variant, >= 1; variants take turns.
         ceiling: Also time each variant with its token counts merely sliced off.
         name: Name of the model in the result, default its class name.
@@ -100,7 +102,7 @@ def compare(
         timings = interleaved(runs, repeats, lambda: steps("timing"))
     samples = dict(zip(of, timings, strict=True))
     full_length = _full_length(model, variants[1])
-    rows = [_row(variant, variants[0], samples, full_length) for variant in variants]
+    rows = [_row(variant, variants[0], samples, full_length, labels) for variant in variants]
     if assignments is not None:
         assignments.update({v.name: v.assignment for v in variants if v.assignment})
     return Comparison(
@@ -234,6 +236,7 @@ def _row(
     dense: _Variant,
     samples: dict[tuple[str, bool], list[float]],
     full_length: list[float],
+    labels: Tensor | None,
 ) -> Row:
     assert variant.output is not None
     assert dense.output is not None
@@ -243,6 +246,7 @@ def _row(
     a, b = variant.output.flatten(1), dense.output.flatten(1)
     logits = variant.output.ndim == 2
     agree = (variant.output.argmax(-1) == dense.output.argmax(-1)).float().mean()
+    right = None if labels is None else variant.output.argmax(-1) == labels
     report = {} if variant.report is None else variant.report.to_dict()
     tokens = report.get("tokens_per_layer") or full_length
     return Row(
@@ -256,6 +260,7 @@ def _row(
         memory=variant.memory,
         cosine=float(torch.cosine_similarity(a, b, dim=1).mean()),
         top1=float(agree) if logits else None,
+        accuracy=None if right is None else float(right.float().mean()),
         error=float((a - b).norm() / b.norm()),
         report=report,
     )

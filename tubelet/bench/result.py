@@ -27,6 +27,7 @@ class Row:
         memory: Peak bytes of tensors alive.
         cosine: Cosine similarity of the outputs with the dense ones, mean over samples.
         top1: Share of samples whose highest output is the dense one's; None without logits.
+        accuracy: Share of samples answered rightly; None where the answer is not known.
         error: Relative error |out - dense| / |dense|.
         report: What the recipe did, from `Handle.report`.
     """
@@ -42,6 +43,7 @@ class Row:
     cosine: float
     top1: float | None
     error: float
+    accuracy: float | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tubelet.bench.clip_inputs import describe, model_inputs, open_clip
+from tubelet.bench.clip_inputs import gather_inputs
 from tubelet.bench.compare import Progress, compare
 from tubelet.bench.pictures import strips
 from tubelet.bench.result import Comparison
@@ -62,17 +62,17 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     dtype = getattr(torch, request.dtype)
     loaded = load_model(request.model, dtype=dtype, device=device, seed=request.seed)
     progress("decoding the clip", 0, 1)
-    clip = open_clip(request.clip, loaded, request.rate)
-    inputs = model_inputs(clip, loaded, request.batch)
+    inputs = gather_inputs(request.clip, loaded, request.rate, request.batch)
     assignments: dict[str, list[TokenAssignment]] = {}
     comparison = compare(
         loaded.model,
-        inputs,
+        inputs.arguments,
         combinations,
+        labels=inputs.labels,
         repeats=request.repeats,
         ceiling=request.ceiling,
         name=loaded.name,
-        description=describe(clip, request.batch),
+        description=inputs.description,
         random_weights=loaded.random_weights,
         progress=progress,
         assignments=assignments,
@@ -81,9 +81,9 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     adapter = adapter_for(loaded.model)
     assert isinstance(adapter, EncoderAdapter)
     base = adapter.base_model(loaded.model)
-    grid = adapter.grid(base, next(iter(inputs.values())))
+    grid = adapter.grid(base, inputs.arguments[loaded.clip.argument])
     shrunk = {n: parts for n, parts in assignments.items() if parts[0].num_out < parts[0].num_in}
-    pictures = strips(clip.frames, grid, shrunk)
+    pictures = strips(inputs.clip.frames, grid, shrunk)
     request.out.mkdir(parents=True, exist_ok=True)
     comparison.to_html(request.out / "report.html", pictures)
     comparison.to_json(request.out / "report.json")

@@ -29,6 +29,7 @@ COLUMNS = (
     Column("memory", "peak of live tensors in MB"),
     Column("cosine", "cosine similarity of the output with the dense output"),
     Column("top-1", "share of clips with the dense prediction"),
+    Column("accuracy", "share of clips answered rightly, where the answer is known"),
     Column("error", "relative error of the output"),
 )
 
@@ -51,6 +52,7 @@ def cells(row: Row, dense: Row) -> list[str]:
         f"{row.memory / 1e6:.0f}",
         f"{row.cosine:.4f}",
         "-" if row.top1 is None else f"{row.top1:.0%}",
+        "-" if row.accuracy is None else f"{row.accuracy:.0%}",
         f"{row.error:.2%}",
     ]
 

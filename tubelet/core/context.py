@@ -1,13 +1,14 @@
 """What a recipe may look at when it decides."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
+from tubelet.core.errors import UnsupportedError
 from tubelet.core.grid import TokenGrid
 
 SiteKind = Literal["input", "joint", "temporal", "spatial"]
@@ -77,6 +78,7 @@ class TokenContext:
         stats: Attention statistics of the call that produced `hidden`; None at input sites.
         tubelet: (frames, height, width) in pixels that one token covers.
         pixels: [B, T, 3, H, W] float clip as the host model received it; input sites only.
+        modules: Trained modules that the host carries, by name; see `trained`.
     """
 
     site: Site
@@ -89,6 +91,7 @@ class TokenContext:
     stats: AttentionStatistics | None = None
     tubelet: tuple[int, int, int] = (1, 1, 1)
     pixels: Tensor | None = None
+    modules: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +103,20 @@ class TokenContext:
         if self.stats is None:
             raise RuntimeError(f"no attention statistics at {self.site.kind} site {self.site.name}")
         return self.stats
+
+    def trained(self, name: str) -> Any:
+        """The host's trained module of that name.
+
+        Raises:
+            UnsupportedError: The host carries none.
+        """
+        if name not in self.modules:
+            held = ", ".join(sorted(self.modules)) or "none"
+            raise UnsupportedError(
+                f"the host carries no trained module {name!r} (it has {held}); `tubelet train` "
+                "makes them, and model.reducers[name] holds them"
+            )
+        return self.modules[name]
 
     def identity(self) -> TokenAssignment:
         """The plan that changes nothing."""

@@ -14,6 +14,9 @@ from tubelet.core.recipe import Recipe
 from tubelet.core.report import Report
 from tubelet.core.saved import SavedPlan
 
+TRAINED = ("gumbel-keep", "hot", "lookup", "semantic-tokens", "token-slimming", "vtm")
+"""Modules that learned reductions need; see `tubelet.nn.reducers`."""
+
 CAPABILITIES = {
     "any subset": "attention that takes any subset of the tokens",
     "grid": "tokens on a regular frames x height x width grid",
@@ -21,6 +24,7 @@ CAPABILITIES = {
     "class token": "a class token",
     "divided": "divided space-time attention",
     "attention": "an attention call that can be replaced",
+    **{f"trained {name}": "trained modules of its own" for name in TRAINED},
 }
 """What a recipe may require of a host, in words."""
 

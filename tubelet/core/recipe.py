@@ -3,7 +3,8 @@
     Recipe
     ├── TokenRecipe
     │   ├── TokenReduction     TokenContext -> TokenAssignment
-    │   └── RaggedReduction    TokenContext -> mask, as many tokens as the input needs
+    │   ├── RaggedReduction    TokenContext -> mask, as many tokens as the input needs
+    │   └── LearnedReduction   TokenContext -> LearnedPlan, new tokens from a trained module
     ├── SparseAttention        AttentionContext -> AttentionPlan
     ├── AttentionQuantization  precision of the attention product
     ├── StepCache              StepContext -> Action
@@ -28,6 +29,7 @@ from torch import Tensor
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import AttentionContext, Site, StepContext, TokenContext
 from tubelet.core.errors import RecipeError
+from tubelet.core.learned import LearnedPlan
 from tubelet.core.plan import AttentionPlan
 
 
@@ -132,6 +134,8 @@ class TokenRecipe(Recipe):
     requires: ClassVar[frozenset[str]] = frozenset({"any subset"})
     statistics: ClassVar[frozenset[str]] = frozenset()
     """Attention statistics that the decision asks for; the host keeps only what is named here."""
+    decides: ClassVar[str] = "plan"
+    """Name of the method that takes the decision."""
 
     @property
     def size_bias(self) -> bool:
@@ -152,9 +156,26 @@ class TokenReduction(TokenRecipe):
 class RaggedReduction(TokenRecipe):
     """Drops tokens whose number depends on the input, so samples of a batch differ in length."""
 
+    decides: ClassVar[str] = "keep"
+
     @abstractmethod
     def keep(self, ctx: TokenContext) -> Tensor | None:
         """Bool [G, N], True where a token stays (at least one per row); None keeps all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedReduction(TokenRecipe):
+    """Computes the tokens that go on by a trained module, which the host carries.
+
+    `requires` names the module ("trained vtm"), `ctx.trained("vtm")` returns it. How many tokens
+    are left follows from the parameters, never from tensor values.
+    """
+
+    decides: ClassVar[str] = "transform"
+
+    @abstractmethod
+    def transform(self, ctx: TokenContext) -> LearnedPlan | None:
+        """The new tokens and the way back; None leaves the tokens alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,15 @@
 """The facts that an adapter states about a family of video encoders."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tubelet.core.context import Site
 from tubelet.core.grid import TokenGrid
-from tubelet.core.handle import Handle
+from tubelet.core.handle import TRAINED, Handle
 from tubelet.core.recipe import (
     Recipe,
 )
@@ -31,6 +32,27 @@ class ClipSpec:
     size: tuple[int, int]
     tubelet: tuple[int, int, int]
     argument: str = "pixel_values"
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltModel:
+    """A preset, and what it expects of its pixels.
+
+    Args:
+        model: On the CPU, float32.
+        random_weights: True when the weights were never trained.
+        mean, std: Pixel normalisation per channel, on pixels in [0, 1].
+        notes: What a reader of its results must know.
+    """
+
+    model: Any
+    random_weights: bool
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +113,7 @@ class EncoderAdapter:
 
     def variants(self) -> dict[str, dict[str, str]]:
         """What each kind of model in the family lacks, by the kind's name."""
-        return {self.family: self.missing}
+        return {self.family: {**self.missing, **self.untrained()}}
 
     def variant_of(self, settings: Mapping[str, Any]) -> str:
         """Name of the kind that configuration settings describe."""
@@ -99,7 +121,26 @@ class EncoderAdapter:
 
     def lacks(self, model: Any) -> dict[str, str]:
         """Capabilities that this model does not offer, each with the reason."""
-        return self.variants()[self.variant_of(self.base_model(model).config.to_dict())]
+        stated = self.variants()[self.variant_of(self.base_model(model).config.to_dict())]
+        modules = {f"trained {name}" for name in TRAINED}
+        facts = {need: reason for need, reason in stated.items() if need not in modules}
+        return {**facts, **self.untrained(self.reducers(model))}
+
+    @staticmethod
+    def untrained(offered: Container[str] = ()) -> dict[str, str]:
+        """The trained modules that are not among those offered, each with the reason."""
+        return {
+            f"trained {name}": f"the model carries no reducers[{name!r}]; `tubelet train` makes it"
+            for name in TRAINED
+            if name not in offered
+        }
+
+    def reducers(self, model: Any) -> Mapping[str, Any]:
+        """Trained modules that this very model carries: its or its encoder's `reducers`."""
+        found: dict[str, Any] = {}
+        for owner in (self.base_model(model), model):
+            found.update(getattr(owner, "reducers", None) or {})
+        return found
 
     def sites(self, model: Any) -> list[Site]:
         """The embeddings, then every layer."""
@@ -123,6 +164,17 @@ class EncoderAdapter:
         runtime.hook_layers()
         attending = [layer.get_submodule(self.attention) for layer in runtime.layers]
         take_over(model, attending + runtime.pooling, runtime, handle)
+
+    def build(self, preset: str, seed: int) -> BuiltModel:
+        """A preset of transformers' classes, with seeded random weights."""
+        import transformers
+
+        config = getattr(transformers, self.config_class)(**self.presets[preset], num_labels=400)
+        head = next(c for c in self.classes if c.endswith("ForVideoClassification"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = getattr(transformers, head)(config)
+        return BuiltModel(model=model, random_weights=True)
 
     @staticmethod
     def _site(name: str, layer: int, num_layers: int, kind: Any) -> Site:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
+from tubelet.core.errors import UnsupportedError
+from tubelet.core.learned import LearnedPlan, Recover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class TokenGroup:
         size: [batch, num] float32, originals per token.
         anchor: [batch, num] int64, original position of each token.
         origin: From the original tokens to these; None while nothing was reduced.
+        stages: Each plan with a way back of its own, first to last: what was reduced since the
+            stage before it (None: nothing), and its way back.
+        tail: What was reduced since the last of these stages; None for nothing.
+        log_weight: [batch, num] added to later logits of a key; None for nothing.
     """
 
     first: int
@@ -34,6 +40,9 @@ class TokenGroup:
     size: Tensor
     anchor: Tensor
     origin: TokenAssignment | None = None
+    stages: tuple[tuple[TokenAssignment | None, Recover], ...] = ()
+    tail: TokenAssignment | None = None
+    log_weight: Tensor | None = None
 
     @classmethod
     def whole(cls, batch: int, num: int, device: torch.device) -> "TokenGroup":
@@ -47,11 +56,14 @@ class TokenGroup:
         """Whether some token stands for several originals."""
         return self.origin is not None and not self.origin.copies
 
-    def after(self, plan: TokenAssignment | None, start: int) -> "TokenGroup":
+    def after(self, plan: TokenAssignment | LearnedPlan | None, start: int) -> "TokenGroup":
         """The group once `plan` was applied (None: nothing), beginning at row `start`."""
         if plan is None:
             return replace(self, start=start)
-        origin = plan if self.origin is None else self.origin.compose(plan)
+        if isinstance(plan, LearnedPlan):
+            return self._after_learned(plan, start)
+        weight = self.log_weight
+        origin = _composed(self.origin, plan)
         return replace(
             self,
             start=start,
@@ -59,6 +71,36 @@ class TokenGroup:
             size=origin.size,
             anchor=self.anchor.gather(1, plan.anchor),
             origin=origin,
+            tail=_composed(self.tail, plan),
+            log_weight=None if weight is None else weight.gather(1, plan.anchor),
+        )
+
+    def _after_learned(self, plan: LearnedPlan, start: int) -> "TokenGroup":
+        group = self.after(plan.assignment, start)
+        if plan.log_weight is not None:
+            before = 0 if group.log_weight is None else group.log_weight
+            group = replace(group, log_weight=plan.log_weight + before)
+        if plan.recover is None:
+            return group
+        return replace(group, stages=(*self.stages, (self.tail, plan.recover)), tail=None)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """[batch, num, C] tokens behind the last layer to the original length, stage by stage."""
+        y = y if self.tail is None else self.tail.restore(y)
+        for before, recover in reversed(self.stages):
+            y = recover(y)
+            y = y if before is None else before.restore(y)
+        return y
+
+    def dropped(self) -> Tensor:
+        """Bool [batch, N], originals that no token of these stands for."""
+        assert self.origin is not None
+        # A way back fills every token that entered its stage.
+        first = self.stages[0][0] if self.stages else self.origin
+        return (
+            torch.zeros_like(self.origin.index, dtype=torch.bool)
+            if first is None
+            else (first.index < 0)
         )
 
     def view(self, x: Tensor, packed: bool, axis: int = 1) -> Tensor:
@@ -66,13 +108,19 @@ class TokenGroup:
         return x.narrow(axis, self.start, self.num) if packed else x
 
     def split(self) -> "list[TokenGroup]":
-        """One group per sample, laid out one after the other."""
+        """One group per sample, laid out one after the other.
+
+        Raises:
+            UnsupportedError: A learned reduction with a way back for the whole batch came before.
+        """
+        if self.stages and self.batch > 1:
+            raise UnsupportedError(
+                "a recipe that keeps another number of tokens per sample cannot follow a learned "
+                "reduction that restores the full length; put it first, or use recover=False"
+            )
 
         def sample(b: int) -> TokenGroup:
-            origin = self.origin
-            if origin is not None:
-                part = {n: getattr(origin, n)[b : b + 1] for n in origin.TENSORS}
-                origin = replace(origin, **part)
+            weight = self.log_weight
             return replace(
                 self,
                 first=self.first + b,
@@ -80,10 +128,22 @@ class TokenGroup:
                 start=b * self.num,
                 size=self.size[b : b + 1],
                 anchor=self.anchor[b : b + 1],
-                origin=origin,
+                origin=_sample(self.origin, b),
+                tail=_sample(self.tail, b),
+                log_weight=None if weight is None else weight[b : b + 1],
             )
 
         return [sample(b) for b in range(self.batch)]
+
+
+def _composed(first: TokenAssignment | None, then: TokenAssignment) -> TokenAssignment:
+    return then if first is None else first.compose(then)
+
+
+def _sample(assignment: TokenAssignment | None, b: int) -> TokenAssignment | None:
+    if assignment is None:
+        return None
+    return replace(assignment, **{n: getattr(assignment, n)[b : b + 1] for n in assignment.TENSORS})
 
 
 def unpack(hidden: Tensor, origins: Sequence[TokenAssignment]) -> Tensor:

@@ -11,9 +11,7 @@ import torch
 
 from tubelet.core.errors import ModelError, UnsupportedError
 from tubelet.models.catalogue import adapter_for, adapters
-from tubelet.models.encoder import ClipSpec, EncoderAdapter
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from tubelet.models.encoder import IMAGENET_MEAN, IMAGENET_STD, ClipSpec, EncoderAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +93,17 @@ def checked_device(name: torch.device | str) -> torch.device:
 
 
 def _from_preset(name: str, dtype: torch.dtype, device: torch.device, seed: int) -> LoadedModel:
-    import transformers
-
     adapter = presets()[name]
-    config = getattr(transformers, adapter.config_class)(**adapter.presets[name], num_labels=400)
-    head = next(c for c in adapter.classes if c.endswith("ForVideoClassification"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = getattr(transformers, head)(config)
-    model = model.to(device, dtype).eval()
-    return LoadedModel(model=model, name=name, random_weights=True, clip=adapter.clip(config))
+    built = adapter.build(name, seed)
+    return LoadedModel(
+        model=built.model.to(device, dtype).eval(),
+        name=name,
+        random_weights=built.random_weights,
+        clip=adapter.clip(built.model.config),
+        mean=built.mean,
+        std=built.std,
+        notes=built.notes,
+    )
 
 
 def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:

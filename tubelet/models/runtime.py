@@ -18,8 +18,10 @@ from tubelet.core.context import AttentionContext, Site, TokenContext
 from tubelet.core.errors import ShapeError, UnsupportedError
 from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
+from tubelet.core.learned import LearnedPlan
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import (
+    LearnedReduction,
     RaggedReduction,
     Recipe,
     SparseAttention,
@@ -27,6 +29,7 @@ from tubelet.core.recipe import (
     TokenReduction,
 )
 from tubelet.kernels.attention import CallStatistics, attention, choose, packed_attention, why_not
+from tubelet.kernels.attention.channels import padded_to, with_bias_channels
 from tubelet.models.groups import TokenGroup, unpack
 from tubelet.models.interface import NAME
 
@@ -47,6 +50,7 @@ class EncoderRuntime:
         self.sites = {(site.layer, site.kind): site for site in adapter.sites(model)}
         self.reducers = _by_site(recipes, TokenRecipe, self.sites)
         self.attenders = _by_site(recipes, SparseAttention, self.sites)
+        self.modules = adapter.reducers(model)
         self.size_bias = any(r.size_bias for r in recipes if isinstance(r, TokenRecipe))
         self.layer_of = {
             layer.get_submodule(adapter.attention): i for i, layer in enumerate(self.layers)
@@ -191,7 +195,7 @@ class EncoderRuntime:
             own = None if stats is None else stats[number]
             context = self._context(key, group, hidden, own, pixels)
             for piece, tokens, plan in _plans(recipe, context, group):
-                parts.append(tokens if plan is None else plan.reduce(tokens))
+                parts.append(_reduced(tokens, plan))
                 after.append(piece.after(plan, start))
                 start += after[-1].num
         before, left = _mean_tokens(self.groups), _mean_tokens(after)
@@ -221,10 +225,12 @@ class EncoderRuntime:
             stats=stats,
             tubelet=self.tubelet,
             pixels=None if pixels is None else pixels[samples],
+            modules=self.modules,
         )
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Full-length output after the last layer: every original token gets its survivor's value.
+        """Full-length output after the last layer: every original token gets its survivor's value,
+        or what the learned way back makes of it.
 
         Dropped tokens get the size-weighted mean of the survivors, so that mean pooling over the
         sequence equals size-weighted pooling over what survived.
@@ -234,8 +240,12 @@ class EncoderRuntime:
             return hidden
         self.handle.record_assignment(whole)
         if self.pooling:
-            self.dropped = torch.cat([origin.index < 0 for origin in whole])
-        return whole[0].restore(hidden) if not self.packed else unpack(hidden, whole)
+            self.dropped = torch.cat([group.dropped() for group in self.groups])
+        if not self.packed:
+            return self.groups[0].restore(hidden)
+        if any(group.stages for group in self.groups):
+            return torch.cat([g.restore(g.view(hidden, True)) for g in self.groups])
+        return unpack(hidden, whole)
 
     # Attention
 
@@ -267,25 +277,40 @@ class EncoderRuntime:
         reducer, attender = self.reducers.get(key), self.attenders.get(key)
         wants = frozenset() if reducer is None else reducer.statistics
         needs_lse = bool(wants & {"received", "entropy"})
-        biased = self.size_bias and any(group.merged for group in self.groups)
-        if attender is None and not (needs_lse or biased or self.packed):
+        bias, why = self._key_bias()
+        if attender is None and not (needs_lse or bias is not None or self.packed):
             what = "fused by tubelet" if self.adapter.fused_by_tubelet else "as in the host"
             self.handle.report().attention[what] += 1
             if wants:
                 self.statistics[key[0]] = [CallStatistics(q, k, v, scale)]
             return host()
-        bias = torch.cat([g.size.log() for g in self.groups], dim=1) if biased else None
-        if attender is None and self.packed:
+        learning = bias is not None and bias.requires_grad
+        if attender is None and self.packed and not learning:
             lengths = [group.num for group in self.groups]
-            self.handle.report().attention[_what("packed", bias)] += 1
+            self.handle.report().attention["packed" + why] += 1
             out, lse = packed_attention(q, k, v, lengths, scale=scale, key_bias=bias)
             whole = CallStatistics(q, k, v, scale, lse, bias)
             stats = [_part(whole, group) for group in self.groups]
         else:
-            out, stats = self._group_by_group(key, attender, (q, k, v), scale, bias)
+            out, stats = self._group_by_group(key, attender, (q, k, v), scale, bias, why)
         if wants:
             self.statistics[key[0]] = stats
         return out.transpose(1, 2)
+
+    def _key_bias(self) -> tuple[Tensor | None, str]:
+        """What is added to the logits of each key, and how the report calls it."""
+        terms, names = [], []
+        if self.size_bias and any(group.merged for group in self.groups):
+            terms.append(torch.cat([g.size.log() for g in self.groups], dim=1))
+            names.append("log-size bias")
+        if any(group.log_weight is not None for group in self.groups):
+            weights = [g.log_weight for g in self.groups]
+            sizes = [torch.zeros_like(g.size) for g in self.groups]
+            filled = [z if w is None else w for w, z in zip(weights, sizes, strict=True)]
+            terms.append(torch.cat(filled, dim=1))
+            names.append("learned weight")
+        bias = sum(terms[1:], terms[0]) if terms else None
+        return bias, "".join(f", {name}" for name in names)
 
     def _group_by_group(
         self,
@@ -294,12 +319,13 @@ class EncoderRuntime:
         qkv: tuple[Tensor, Tensor, Tensor],
         scale: float,
         bias: Tensor | None,
+        why: str,
     ) -> tuple[Tensor, list[CallStatistics]]:
         results = []
         for group in self.groups:
             part = [group.view(x, self.packed, axis=2) for x in qkv]
             own = None if bias is None else group.view(bias, self.packed)
-            results.append(self._one_call(key, attender, part, scale, own))
+            results.append(self._one_call(key, attender, part, scale, own, why))
         return torch.cat([out for out, _ in results], dim=2), [stats for _, stats in results]
 
     def _one_call(
@@ -309,6 +335,7 @@ class EncoderRuntime:
         part: list[Tensor],
         scale: float,
         bias: Tensor | None,
+        why: str,
     ) -> tuple[Tensor, CallStatistics]:
         assert self.grid is not None
         plan = AttentionPlan()
@@ -318,7 +345,7 @@ class EncoderRuntime:
             )
         q, k, v = part
         impl = choose(q, k, v, plan)
-        what = _what(impl, bias)
+        what = impl + why
         if attender is not None and not plan.is_dense:
             what = f"{attender}: {what}"
         report = self.handle.report()
@@ -330,7 +357,7 @@ class EncoderRuntime:
                 f"{self.reducers[key]} cannot score tokens by an attention call that {attender} "
                 "computes in part"
             )
-        out, lse = attention(q, k, v, plan, scale=scale, key_bias=bias, impl=impl)
+        out, lse = _attention(part, plan, scale, bias, impl)
         # Statistics are of the call as it was made: tempered, and with every bias.
         biases = [b for b in (bias, plan.bias) if b is not None]
         total = sum(biases[1:], biases[0]) if biases else None
@@ -348,9 +375,16 @@ class EncoderRuntime:
         return out.transpose(1, 2)
 
 
-def _what(impl: str, bias: Tensor | None) -> str:
-    """How an attention call was made, for the report."""
-    return impl if bias is None else f"{impl}, log-size bias"
+def _attention(
+    qkv: list[Tensor], plan: AttentionPlan, scale: float, bias: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv
+    if bias is None or not bias.requires_grad:
+        return attention(q, k, v, plan, scale=scale, key_bias=bias, impl=impl)
+    # A kernel may take a bias without giving it a gradient; extra channels have one everywhere.
+    q, k = with_bias_channels(q, k, bias, scale)
+    out, lse = attention(q, k, padded_to(v, q.shape[-1]), plan, scale=scale, impl=impl)
+    return out[..., : v.shape[-1]], lse
 
 
 def _noise(module: nn.Module) -> float:
@@ -359,10 +393,20 @@ def _noise(module: nn.Module) -> float:
     return float(getattr(module, name, None) or 0.0)
 
 
+def _reduced(tokens: Tensor, plan: TokenAssignment | LearnedPlan | None) -> Tensor:
+    if plan is None:
+        return tokens
+    return plan.hidden if isinstance(plan, LearnedPlan) else plan.reduce(tokens)
+
+
 def _plans(
-    recipe: TokenReduction | RaggedReduction, context: TokenContext, group: TokenGroup
-) -> list[tuple[TokenGroup, Tensor, TokenAssignment | None]]:
+    recipe: TokenReduction | RaggedReduction | LearnedReduction,
+    context: TokenContext,
+    group: TokenGroup,
+) -> Sequence[tuple[TokenGroup, Tensor, TokenAssignment | LearnedPlan | None]]:
     """The plan of a group, or of each of its samples: (samples, their tokens, plan)."""
+    if isinstance(recipe, LearnedReduction):
+        return [(group, context.hidden, recipe.transform(context))]
     if isinstance(recipe, TokenReduction):
         return [(group, context.hidden, recipe.plan(context))]
     mask = recipe.keep(context)

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tubelet.core.assignment import TokenAssignment
-from tubelet.core.context import TokenContext
-from tubelet.core.errors import ShapeError, UnsupportedError
+from tubelet.core.errors import ShapeError
 from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
 from tubelet.kernels.attention import attention
+from tubelet.models.divided import DividedRuntime
 from tubelet.models.encoder import ClipSpec, EncoderAdapter
 from tubelet.models.runtime import EncoderRuntime
 
@@ -43,7 +42,8 @@ class TimesformerAdapter(EncoderAdapter):
                 "structured reductions (UniformPool, TESTA) run"
             },
             "TimeSformer, joint": {
-                "divided": "this TimeSformer attends jointly over space and time"
+                "divided": "this TimeSformer attends jointly over space and time",
+                **self.untrained(),
             },
             "TimeSformer, space-only": dict.fromkeys(everything, alone),
         }
@@ -65,7 +65,7 @@ class TimesformerAdapter(EncoderAdapter):
 
     def install(self, model: Any, recipes: Sequence[Recipe], handle: Handle) -> None:
         divided = "temporal" in self.kinds(model)
-        runtime = (DividedRuntime if divided else JointRuntime)(self, model, recipes, handle)
+        runtime = (DividedTimesformer if divided else JointRuntime)(self, model, recipes, handle)
         runtime.hook_embeddings()
         runtime.hook_layers()
         for index, layer in enumerate(runtime.layers):
@@ -110,18 +110,8 @@ class JointRuntime(EncoderRuntime):
         self.handle.on_remove(lambda: module.__dict__.pop("forward"))
 
 
-class DividedRuntime(JointRuntime):
-    """Frames x patches that shrink along either axis within a layer."""
-
-    frames: int
-    places: int
-
-    def __init__(self, *setup: Any) -> None:
-        super().__init__(*setup)
-        if self.size_bias:
-            raise UnsupportedError(
-                "a log-size bias is not defined for divided attention; use proportional=False"
-            )
+class DividedTimesformer(DividedRuntime, JointRuntime):
+    """Divided attention with a class token that takes part in every frame."""
 
     def to_raster(self, embedded: Tensor, grid: TokenGrid) -> Tensor:
         if grid.frames != self.base.config.num_frames:
@@ -133,109 +123,27 @@ class DividedRuntime(JointRuntime):
 
     def hook_layers(self) -> None:
         for index, layer in enumerate(self.layers):
-            self.replace_forward(layer, self._layer(index, layer))
+            self.replace_forward(layer, self._layer(index))
 
-    def reduce(self, key: tuple[int, str], hidden: Tensor, *rest: Any, **named: Any):
-        reduced = super().reduce(key, hidden, *rest, **named)
-        assert self.grid is not None
-        self.frames, self.places = self.grid.frames, self.grid.per_frame
-        if reduced is not None:
-            # Only plans that leave a whole grid get here; its anchors tell the frames.
-            group = self.groups[0]
-            frames = self.grid.frame_index(hidden.device)[group.anchor[0, 1:]].unique()
-            self.frames, self.places = len(frames), (group.num - 1) // len(frames)
-        return reduced
-
-    def _layer(self, index: int, layer: Any) -> Callable[..., tuple[Tensor]]:
-        """Divided attention: time for each place, then space for each frame, then the MLP."""
-
+    def _layer(self, index: int) -> Callable[..., tuple[Tensor]]:
         def forward(hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
-            self.count_tokens(index)
-            head, video = hidden_states[:, :1], hidden_states[:, 1:]
-            x = video.unflatten(1, (self.frames, self.places)).transpose(1, 2).flatten(0, 1)
-            mixed = layer.temporal_attention(layer.temporal_layernorm(x))[0]
-            x = x + layer.temporal_dense(layer.drop_path(mixed))
-            x = self._shrink(index, "temporal", x)
-
-            x = x.unflatten(0, (-1, self.places)).transpose(1, 2).flatten(0, 1)
-            heads = head.repeat_interleave(self.frames, dim=0)
-            both = layer.layernorm_before(torch.cat([heads, x], dim=1))
-            mixed = layer.drop_path(layer.attention(both)[0])
-            head = head + mixed[:, :1].unflatten(0, (-1, self.frames)).mean(1)
-            x = self._shrink(index, "spatial", x + mixed[:, 1:])
-
-            x = torch.cat([head, x.unflatten(0, (-1, self.frames)).flatten(1, 2)], dim=1)
-            x = x + layer.drop_path(layer.output(layer.intermediate(layer.layernorm_after(x))))
-            last = index == len(self.layers) - 1
-            return (self.finish(x) if last else x,)
+            return (self.run_layer(index, hidden_states),)
 
         return forward
 
-    def _shrink(self, index: int, kind: str, x: Tensor) -> Tensor:
-        """Apply the token recipe to [batch x places, frames, C] or [batch x frames, places, C]."""
-        recipe = self.reducers.get((index, kind))
-        if recipe is None:
-            return x
-        assert self.grid is not None
-        temporal, group = kind == "temporal", self.groups[0]
-        sizes = group.size[:, 1:].unflatten(1, (self.frames, self.places))
-        context = TokenContext(
-            site=self.sites[index, kind],
-            grid=self.grid,
-            hidden=x,
-            size=(sizes.transpose(1, 2) if temporal else sizes).flatten(0, 1),
-            anchor=torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]),
-            shared=self.places if temporal else 1,
-            stats=self._video_statistics(index, kind),
-        )
-        plan = recipe.plan(context)
-        if plan is None:
-            return x
-        whole = self._over_grid(plan, temporal)
-        self.groups = [group.after(whole, 0)]
-        report = self.handle.report()
-        report.change(str(recipe), f"{context.site.name} ({kind})", group.num, whole.num_out)
-        if temporal:
-            self.frames = plan.num_out
-        else:
-            self.places = plan.num_out
-        return plan.reduce(x)
+    def along_time(self, layer: Any, x: Tensor) -> Tensor:
+        mixed = layer.temporal_attention(layer.temporal_layernorm(x))[0]
+        return x + layer.temporal_dense(layer.drop_path(mixed))
 
-    def _video_statistics(self, index: int, kind: str):
-        calls = self.statistics.pop(index, None)
-        if calls is None or kind == "temporal":
-            return None if calls is None else calls[0]
-        stats = calls[0]
-        # The class token in front takes part in spatial attention only.
-        return type(stats)(stats.q[:, :, 1:], stats.k[:, :, 1:], stats.v[:, :, 1:], stats.scale)
+    def within_frames(self, layer: Any, head: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        heads = head.repeat_interleave(self.frames, dim=0)
+        both = layer.layernorm_before(torch.cat([heads, x], dim=1))
+        mixed = layer.drop_path(layer.attention(both)[0])
+        head = head + mixed[:, :1].unflatten(0, (-1, self.frames)).mean(1)
+        return head, x + mixed[:, 1:]
 
-    def _over_grid(self, plan: TokenAssignment, temporal: bool) -> TokenAssignment:
-        """A plan along one axis as a plan over class token + frames x places."""
-        places = self.places if temporal else plan.num_out
-
-        def raster(x: Tensor) -> Tensor:
-            # [batch x places, frames] or [batch x frames, places] to [batch, frames, places].
-            if temporal:
-                return x.unflatten(0, (-1, self.places)).transpose(1, 2)
-            return x.unflatten(0, (-1, self.frames))
-
-        def joined(values: Tensor, stride: int) -> Tensor:
-            rows = torch.arange(values.shape[1], device=values.device)[None, :, None]
-            columns = torch.arange(values.shape[2], device=values.device)
-            flat = values * stride + columns if temporal else rows * stride + values
-            return with_class(flat.flatten(1) + 1, 0)
-
-        def with_class(x: Tensor, value: float) -> Tensor:
-            return torch.cat([torch.full_like(x[:, :1], value), x], dim=1)
-
-        anchor = joined(raster(plan.anchor), self.places)
-        gone = with_class(raster(plan.index).flatten(1) < 0, False)
-        return TokenAssignment(
-            index=torch.where(gone, -1, joined(raster(plan.index), places)),
-            weight=with_class(raster(plan.weight).flatten(1), 1.0),
-            anchor=anchor,
-            size=with_class(raster(plan.size).flatten(1), 1.0),
-        )
+    def feed_forward(self, layer: Any, x: Tensor) -> Tensor:
+        return x + layer.drop_path(layer.output(layer.intermediate(layer.layernorm_after(x))))
 
 
 ADAPTER = TimesformerAdapter(

@@ -23,6 +23,7 @@ from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import AttentionContext, TokenContext
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.handle import CAPABILITIES
+from tubelet.core.learned import LearnedPlan
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import RaggedReduction, Recipe, TokenRecipe
 from tubelet.models.accelerate import accelerate
@@ -31,7 +32,9 @@ from tubelet.testing import tolerances
 
 TINY: dict[str, dict[str, Any]] = {
     "ATS": {"first_layer": 1, "samples": 0.5},
+    **{name: {"layer": 1} for name in ("HoT", "LookupViT", "STViT", "TokenSlimming", "VTM")},
     "EVAD": {"keep_ratio": 0.6, "keyframe_weight": 4.0},
+    "GumbelKeep": {"keep_ratio": 0.5, "layers": (0, 2), "context": 0.1},
     "TESTA": {"frames": 1, "patches": 3},
     "ToMe": {"r": 6},
     "VidTLDR": {"share": (0.2, 0.1)},
@@ -79,7 +82,7 @@ def spying(recipe: Recipe, watch: Callable[[Any, Any], None]) -> Recipe:
 
 def method_of(recipe: Recipe) -> str:
     """Name of the method by which a recipe decides."""
-    return "keep" if isinstance(recipe, RaggedReduction) else "plan"
+    return getattr(recipe, "decides", "plan")
 
 
 def _sample(ctx: Any, sample: int) -> Any:
@@ -228,7 +231,9 @@ def plans_are_valid(model: Any, recipe: Recipe, pixels: Tensor) -> None:
     seen = record(model, recipe, pixels)
     assert seen, f"{recipe} was never asked"
     for ctx, plan in seen:
-        if isinstance(plan, TokenAssignment):
+        if isinstance(plan, LearnedPlan):
+            _check_learned(ctx, plan)
+        elif isinstance(plan, TokenAssignment):
             _check_assignment(ctx, plan)
         elif isinstance(plan, AttentionPlan) and plan.mask is not None:
             assert bool((plan.mask.counts > 0).all()), "a query block attends to nothing"
@@ -249,6 +254,18 @@ def _check_assignment(ctx: TokenContext, plan: TokenAssignment) -> None:
     assert bool((sums > 0).all()), "an output has no weight"
 
 
+def _check_learned(ctx: TokenContext, plan: LearnedPlan) -> None:
+    _check_assignment(ctx, plan.assignment)
+    lead = ctx.protected
+    assert torch.equal(plan.hidden[:, :lead], ctx.hidden[:, :lead]), "a class token changed"
+    assert bool(plan.hidden.isfinite().all()), "the new tokens are not finite"
+    if plan.recover is None:
+        return
+    back = plan.recover(plan.hidden)
+    assert back.shape == ctx.hidden.shape, f"{tuple(ctx.hidden.shape)} became {tuple(back.shape)}"
+    assert torch.equal(back[:, :lead], plan.hidden[:, :lead]), "a class token changed on its way"
+
+
 def plan_traces(model: Any, recipe: Recipe, pixels: Tensor) -> None:
     """The decision compiles to one graph and decides the same there."""
     for ctx, plan in record(model, recipe, pixels)[:2]:
@@ -260,7 +277,12 @@ def plan_traces(model: Any, recipe: Recipe, pixels: Tensor) -> None:
             assert difference(found, wanted) <= tolerances.COMPILED, "the traced plan differs"
 
 
-def _tensors(plan: TokenAssignment | AttentionPlan | Tensor | None) -> list[Tensor]:
+def _tensors(
+    plan: TokenAssignment | LearnedPlan | AttentionPlan | Tensor | None,
+) -> list[Tensor]:
+    if isinstance(plan, LearnedPlan):
+        back = [] if plan.recover is None else [plan.recover(plan.hidden)]
+        return [*_tensors(plan.assignment), plan.hidden, *back]
     if isinstance(plan, Tensor):
         return [plan]
     if isinstance(plan, TokenAssignment):
@@ -279,6 +301,7 @@ def dropped_is_never_read(model: Any, recipe: Recipe, pixels: Tensor) -> None:
 
     def poison(ctx: Any, plan: Any) -> None:
         nonlocal poisoned
+        plan = plan.assignment if isinstance(plan, LearnedPlan) else plan
         if isinstance(plan, TokenAssignment):
             ctx.hidden[plan.index < 0] = torch.nan
             poisoned += int((plan.index < 0).sum())
@@ -312,7 +335,8 @@ def batch_equals_singles(
 def length_is_kept(model: Any, recipe: Recipe, pixels: Tensor) -> None:
     """Behind the last layer there are as many tokens as before, in as many values as survived.
 
-    Needs a model without exact ties; see `stir`.
+    A learned way back may give every token a value of its own. Needs a model without exact ties;
+    see `stir`.
     """
     base = adapter_for(model).base_model(model)  # type: ignore[attr-defined]
     dense = _last_hidden(base, pixels)
@@ -320,7 +344,7 @@ def length_is_kept(model: Any, recipe: Recipe, pixels: Tensor) -> None:
         reduced = _last_hidden(base, pixels)
     assert reduced.shape == dense.shape, f"{tuple(dense.shape)} became {tuple(reduced.shape)}"
     assert bool(reduced.isfinite().all()), "the output is not finite"
-    if not isinstance(recipe, TokenRecipe):
+    if not isinstance(recipe, TokenRecipe) or getattr(recipe, "recover", False):
         return
     assert handle.assignment is not None
     outputs = torch.tensor([a.num_out for a in handle.assignment for _ in range(a.batch)])

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tubelet.nn.reducers import build_reducers
+
 FRAMES, SIDE, PATCH = 8, 32, 8
 """Clip length, clip side and patch side of every tiny host, in frames and pixels."""
 
@@ -84,11 +86,22 @@ HOSTS: dict[str, Callable[..., Any]] = {
 """Builders by name; each takes changes to its config."""
 
 
-def build(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A tiny host in eval mode with seeded weights."""
+def build(name: str, seed: int = 0, reducers: bool = False, **changes: Any) -> Any:
+    """A tiny host in eval mode with seeded weights.
+
+    Args:
+        name: One of `HOSTS`.
+        seed: Any integer.
+        reducers: Put the modules of all learned reductions on its encoder, with random weights.
+        changes: To its config.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return HOSTS[name](**changes).eval()
+        model = HOSTS[name](**changes)
+        if reducers:
+            base = getattr(model, model.base_model_prefix)
+            base.reducers = build_reducers(width=48, heads=3, max_slots=24)
+    return model.eval()
 
 
 def clip(batch: int = 1, seed: int = 0, still: float = 0.5) -> Tensor:

@@ -1,0 +1,1 @@
+"""Accuracy against tokens, measured: every recipe beside dense, random, oracle and controls."""

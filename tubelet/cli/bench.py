@@ -1,0 +1,131 @@
+"""`tubelet bench`: measured answers to "how good", on clips and models of tubelet's own."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tubelet.cli.app import Json, app, console, print_json, progress_bar
+from tubelet.core.errors import TubeletError
+
+bench = typer.Typer(no_args_is_help=True, help="Measure quality against cost.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def fidelity(
+    model: Annotated[str, typer.Option(help="Dense encoder: a name or file.")] = "tubelet-vit",
+    small: Annotated[
+        list[str] | None,
+        typer.Option(help="A smaller dense encoder; default: the shipped ones. Repeatable."),
+    ] = None,
+    trained: Annotated[
+        str | None,
+        typer.Option(
+            help="An encoder with trained reducers; default: the shipped one, but for --quick."
+        ),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated.")] = None,
+    backgrounds: Annotated[str | None, typer.Option(help="Comma-separated.")] = None,
+    recipes: Annotated[str | None, typer.Option(help="Methods, comma-separated.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Budgets in (0, 1], comma-separated.")] = None,
+    clips: Annotated[int, typer.Option(min=1, help="Test clips per cell.")] = 4096,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    shard: Annotated[str, typer.Option(help="i/n: run every n-th cell, from the i-th.")] = "1/1",
+    seed_name: Annotated[str, typer.Option(help="Names the models' training seed.")] = "0",
+    latency: Annotated[bool, typer.Option(help="Also measure latency.")] = True,
+    quick: Annotated[bool, typer.Option(help="A smoke test of minutes on two cores.")] = False,
+    yes: Annotated[bool, typer.Option(help="Run for long on a CPU.")] = False,
+    join: Annotated[
+        list[Path] | None, typer.Option(help="Join result files instead. Repeatable.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/fidelity"),
+    as_json: Json = False,
+) -> None:
+    """Accuracy against tokens: recipes beside dense, random, oracle and controls."""
+    from tubelet.bench.fidelity.run import Request, join_files, run_fidelity
+
+    if join:
+        runs = join_files(join, out)
+    else:
+        request = Request(
+            out=out,
+            model=model,
+            small=None if small is None else tuple(small),
+            trained=trained,
+            recipes=_words(recipes, ()),
+            tasks=_words(tasks, Request.tasks),
+            backgrounds=_words(backgrounds, Request.backgrounds),
+            keeps=_numbers(keep, Request.keeps),
+            clips=clips,
+            device=device,
+            shard=_shard(shard),
+            seed_name=seed_name,
+            latency=latency,
+            quick=quick,
+            yes=yes,
+        )
+        with progress_bar(quiet=as_json) as tell:
+            runs = run_fidelity(request, tell)
+    from tubelet.bench.fidelity.summary import summary
+    from tubelet.bench.fidelity.tables import docs_table
+
+    if as_json:
+        return print_json(summary(runs))
+    console.print(docs_table(runs), markup=False, highlight=False, soft_wrap=True)
+    files = ", ".join(str(out / name) for name in ("fidelity.html", "fidelity.json"))
+    console.print(f"wrote {files}", soft_wrap=True)
+
+
+@bench.command()
+def generation(
+    model: Annotated[str, typer.Option(help="A trained VideoDiT: name or file.")] = "tubelet-dit",
+    pairs: Annotated[int, typer.Option(min=1, help="Clips drawn in every way.")] = 24,
+    steps: Annotated[int, typer.Option(min=2, help="Euler steps of the dense run.")] = 24,
+    guidance: Annotated[float, typer.Option(min=0, help="1 turns guidance off.")] = 2.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="A smoke test on a few small clips.")] = False,
+    yes: Annotated[bool, typer.Option(help="Run for long on a CPU.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/generation"),
+    as_json: Json = False,
+) -> None:
+    """Same-seed quality of drawn clips against the dense run, with its noise floor."""
+    from tubelet.bench.fidelity.generation import GenerationRequest, run_generation
+    from tubelet.bench.fidelity.generation_tables import generation_table
+
+    request = GenerationRequest(
+        out=out,
+        model=model,
+        pairs=pairs,
+        steps=steps,
+        guidance=guidance,
+        device=device,
+        quick=quick,
+        yes=yes,
+    )
+    with progress_bar(quiet=as_json) as tell:
+        found = run_generation(request, tell)
+    if as_json:
+        return print_json(found.to_dict())
+    console.print(generation_table(found), markup=False, highlight=False, soft_wrap=True)
+    files = ", ".join(str(out / name) for name in ("generation.html", "generation.json"))
+    console.print(f"wrote {files}", soft_wrap=True)
+
+
+def _words(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    return default if text is None else tuple(w.strip() for w in text.split(",") if w.strip())
+
+
+def _numbers(text: str | None, default: tuple[float, ...]) -> tuple[float, ...]:
+    try:
+        return default if text is None else tuple(float(w) for w in text.split(","))
+    except ValueError:
+        raise TubeletError(f"--keep takes numbers such as 0.5,0.25, got {text!r}") from None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        part, parts = (int(word) for word in text.split("/"))
+    except ValueError:
+        raise TubeletError(f"--shard takes i/n such as 1/4, got {text!r}") from None
+    return part, parts

@@ -1,0 +1,269 @@
+"""What `tubelet train` can train, by name, with the settings that the shipped weights had."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tubelet.core.errors import ModelError, RecipeError
+from tubelet.core.recipe import Recipe
+from tubelet.nn.dit import VideoDiT, VideoDiTConfig
+from tubelet.nn.reducers import Reducers, ReducersConfig
+from tubelet.nn.vit import VideoViT, VideoViTConfig
+from tubelet.nn.weights import load_weights, save_weights
+from tubelet.recipes import learned
+from tubelet.train.clips import TASKS
+from tubelet.train.objectives import (
+    DiffusionObjective,
+    ElasticObjective,
+    EncoderObjective,
+    shuffled,
+    single_frame,
+)
+
+ENCODER_TASKS = (
+    "direction",
+    "needle",
+    "collisions",
+    "shells",
+    "ego-motion",
+    "collision-count",
+    "mask",
+)
+
+QUICK_SHAPE = {"width": 64, "depth": 3, "heads": 1}
+"""An encoder that learns something in a minute on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a job is built with.
+
+    Args:
+        device: Where it trains.
+        seed: Seed of the initial weights.
+        batch: Clips per step (of each task, for encoders).
+        init: Weights to start from, a shipped name or a path; None starts from random ones.
+        size: Side of the clips in pixels; None is the model's own.
+        quick: A much smaller model and evaluation, for CPUs and tests.
+    """
+
+    device: torch.device
+    seed: int
+    batch: int
+    init: str | None = None
+    size: int | None = None
+    quick: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One thing that can be trained.
+
+    Args:
+        name: As given to `tubelet train`.
+        summary: One line for people.
+        build: Makes the objective.
+        weights: Name of the weights file that it writes.
+        batch, learning_rate, ema, minutes: Defaults; minutes are for one H200.
+        quick_batch: Batch of the quick mode.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[Setup], Any]
+    weights: str
+    batch: int = 64
+    quick_batch: int = 8
+    learning_rate: float = 1e-3
+    ema: float = 0.999
+    minutes: float = 8.0
+
+
+def job(name: str) -> Job:
+    """The job of a name: one of `jobs()`, a task, or a learned recipe.
+
+    Raises:
+        ModelError: Unknown name.
+    """
+    known = jobs()
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {close[0]}" if close else ""
+    raise ModelError(f"nothing to train is called {name!r}{hint}. Known: {', '.join(known)}")
+
+
+def jobs() -> dict[str, Job]:
+    """Every job by name."""
+    small = {"width": 128, "depth": 8, "heads": 2}
+    listed = [
+        Job(
+            name="encoder",
+            summary="the encoder for all tasks",
+            build=_encoder,
+            weights="tubelet-vit",
+        ),
+        Job(
+            name="encoder-small",
+            summary="a smaller dense encoder at about a quarter of the compute: the baseline "
+            "that token reduction has to beat",
+            build=partial(_encoder, shape=small),
+            weights="tubelet-vit-small",
+        ),
+        Job(
+            name="elastic",
+            summary="the trained reducers and the encoder under them, at random budgets",
+            build=_elastic,
+            weights="tubelet-vit-elastic",
+            batch=24,
+            learning_rate=2e-4,
+        ),
+        Job(
+            name="generator",
+            summary="the video diffusion transformer on the generated world",
+            build=_generator,
+            weights="tubelet-dit",
+            batch=16,
+            quick_batch=2,
+            learning_rate=6e-4,
+            minutes=20.0,
+        ),
+    ]
+    for title, corrupt in (("shuffled", shuffled), ("single-frame", single_frame)):
+        listed.append(
+            Job(
+                name=f"control-{title}",
+                summary=f"a small encoder on clips with {title} input: must stay at the floor",
+                build=partial(_encoder, shape=small, corrupt=corrupt),
+                weights=f"control-{title}",
+            )
+        )
+    for task in TASKS.values():
+        build = partial(_encoder, tasks=(task.name,))
+        listed.append(
+            Job(
+                name=task.name,
+                summary=f"an encoder for {task.title} alone",
+                build=build,
+                weights=f"encoder-{task.name}",
+            )
+        )
+    listed += [
+        Job(
+            name=name,
+            summary=f"{name} and the encoder under it, at random budgets",
+            build=partial(_elastic, names=(name,)),
+            weights=f"tubelet-vit-{name.lower()}",
+            batch=24,
+            learning_rate=2e-4,
+        )
+        for name in LEARNED
+    ]
+    return {entry.name: entry for entry in listed}
+
+
+def learned_recipes() -> dict[str, type[Recipe]]:
+    """The recipes that need a trained module, by name."""
+    members = inspect.getmembers(learned, inspect.isclass)
+    return {
+        name: cls
+        for name, cls in members
+        if cls.__module__ == learned.__name__ and not inspect.isabstract(cls)
+        if issubclass(cls, Recipe)
+    }
+
+
+LEARNED = tuple(learned_recipes())
+
+
+def at_keep_ratio(name: str, ratio: float) -> Recipe:
+    """A learned recipe by name at a keep ratio."""
+    recipes = learned_recipes()
+    if name not in recipes:
+        raise RecipeError(f"no learned recipe {name!r}; known: {', '.join(recipes)}")
+    return recipes[name](keep_ratio=ratio)  # pyright: ignore[reportCallIssue]
+
+
+def save(entry: Job, model: nn.Module, out: Path, record: dict[str, Any]) -> list[Path]:
+    """Write the weights of a finished job; trained reducers get a file of their own."""
+    reducers = getattr(model, "reducers", None)
+    if reducers is None:
+        return [save_weights(out / entry.weights, model, record=record, summary=entry.summary)]
+    attached = f"{entry.weights}-reducers"
+    parts = save_weights(
+        out / attached, reducers, record=record, summary=f"modules of {', '.join(reducers.names)}"
+    )
+    del model.reducers
+    try:
+        whole = save_weights(
+            out / entry.weights, model, record=record, summary=entry.summary, attach=attached
+        )
+    finally:
+        model.reducers = reducers
+    return [whole, parts]
+
+
+def _encoder(
+    setup: Setup,
+    shape: dict[str, int] | None = None,
+    tasks: tuple[str, ...] = ENCODER_TASKS,
+    corrupt: Any = None,
+) -> EncoderObjective:
+    classes = {n: TASKS[n].classes for n in tasks if n != "mask"}
+    dense = tuple(n for n in tasks if n == "mask")
+    size = 64 if setup.size is None else setup.size
+    changes = {**(shape or {}), **(QUICK_SHAPE if setup.quick else {})}
+    config = VideoViTConfig(tasks=classes, dense_tasks=dense, size=(size, size), **changes)
+    model = _start(VideoViT, config, setup)
+    return EncoderObjective(model, tasks=tasks, corrupt=corrupt, **_options(setup, size))
+
+
+def _elastic(setup: Setup, names: tuple[str, ...] = LEARNED) -> ElasticObjective:
+    model = load_weights(setup.init or "tubelet-vit", expect="VideoViT").to(setup.device)
+    config = model.config
+    if getattr(model, "reducers", None) is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(setup.seed)
+            model.reducers = Reducers(ReducersConfig(width=config.width, heads=config.heads))
+        model.reducers.to(setup.device)
+    recipes = [partial(at_keep_ratio, name) for name in names]
+    options = _options(setup, setup.size or config.size[0])
+    return ElasticObjective(model.train(), recipes=recipes, tasks=config.task_names, **options)
+
+
+def _generator(setup: Setup) -> DiffusionObjective:
+    config = VideoDiTConfig()
+    if setup.quick:
+        config = replace(config, width=64, depth=2, heads=1, size=(32, 32), frames=8)
+    if setup.size is not None:
+        config = replace(config, size=(setup.size, setup.size))
+    model = _start(VideoDiT, config, setup)
+    return DiffusionObjective(model, batch=setup.batch, test_clips=0 if setup.quick else 16)
+
+
+def _start(kind: Any, config: Any, setup: Setup) -> Any:
+    """A model of this configuration: seeded random weights, or those of `setup.init`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setup.seed)
+        model = kind(config)
+    if setup.init is not None:
+        start = load_weights(setup.init, expect=kind.__name__)
+        try:
+            model.load_state_dict(start.state_dict())
+        except RuntimeError:
+            raise ModelError(
+                f"the weights {setup.init} have another shape than this job's model"
+            ) from None
+    return model.to(setup.device).train()
+
+
+def _options(setup: Setup, size: int) -> dict[str, Any]:
+    tests = setup.batch if setup.quick else 512
+    return {"batch": setup.batch, "size": size, "test_clips": tests}
