@@ -4,15 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The pin keeps a plain CPU wheel where one is offered; a looser range may pull CUDA builds.
 TORCH ?= torch==2.13.0
-CLIP ?= sample
-MODEL ?= videomae-small
+CLIP ?= task:ego-motion
+MODEL ?= tubelet-vit
+BATCH ?= 8
+PROMPT ?= large red triangle moving left on stripes
 OUT ?= out
 DEVICE ?= cpu
 
-.PHONY: run test lint bench docs clean
+.PHONY: run test lint bench fidelity docs clean
 
 run: $(BIN)/.ready
-	$(BIN)/tubelet compare "$(CLIP)" --model $(MODEL) --out "$(OUT)" $(ARGS)
+	$(BIN)/tubelet compare "$(CLIP)" --model $(MODEL) --batch $(BATCH) --out "$(OUT)" $(ARGS)
+	$(BIN)/tubelet generate "$(PROMPT)" --steps 10 --out "$(OUT)/generated.mp4"
 
 test: $(BIN)/.ready
 	$(BIN)/python -m pytest -q $(ARGS)
@@ -29,6 +32,11 @@ bench: $(BIN)/.ready
 		--recipe "VidTLDR(share=(0.5,))" --recipe "EVAD(keep_ratio=0.35, depths=(0.2,))" \
 		--recipe RLT --recipe RandomDrop $(ARGS)
 	cp "$(OUT)/bench/report.json" bench/results/videomae-base-$(DEVICE).json
+
+# Accuracy against cost on tubelet's own models; for a GPU: make fidelity DEVICE=cuda
+fidelity: $(BIN)/.ready
+	$(BIN)/tubelet bench fidelity --device $(DEVICE) --out "$(OUT)/fidelity" $(ARGS)
+	$(BIN)/tubelet bench generation --device $(DEVICE) --out "$(OUT)/generation" $(ARGS)
 
 docs: $(BIN)/.ready
 	$(BIN)/python docs/generate.py

@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md and docs/methods.md from the code.
+"""Write the generated parts of README.md and docs/*.md from the code and the results.
 
 python docs/generate.py            write them
 python docs/generate.py --check    exit 1 if they are out of date
@@ -7,13 +7,28 @@ python docs/generate.py --check    exit 1 if they are out of date
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tubelet.bench.fidelity.generation_result import read_generation
+from tubelet.bench.fidelity.generation_tables import generation_table
+from tubelet.bench.fidelity.result import read_runs
+from tubelet.bench.fidelity.tables import docs_table
 from tubelet.bench.matrix import methods, support
+from tubelet.nn.weights import load_weights, read_card, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = tuple(ROOT / name for name in ("README.md", "docs/methods.md", "docs/figures.md"))
+TARGETS = tuple(
+    ROOT / name
+    for name in (
+        "README.md",
+        "docs/methods.md",
+        "docs/figures.md",
+        "docs/fidelity.md",
+        "docs/models.md",
+    )
+)
 RESULTS = ROOT / "bench" / "results"
 HEADLINE = "videomae-base-cpu"
 
@@ -97,6 +112,47 @@ def _figure(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fidelity() -> str:
+    """Rankings, controls and advice of the committed fidelity run."""
+    # Its own headings lie below the page's.
+    return docs_table(read_runs(RESULTS / "fidelity" / "h200.json")).replace("#### ", "### ")
+
+
+def generation() -> str:
+    """The generator against its dense run."""
+    return generation_table(read_generation(RESULTS / "generation" / "h200.json"))
+
+
+def cards() -> str:
+    """One row per shipped weights file."""
+    lines = [
+        "| weights | what | parameters | steps | GPU minutes | seed | command of the last stage |"
+    ]
+    lines.append("|---|---|---:|---:|---:|---:|---|")
+    for name in shipped():
+        card = read_card(name)
+        stages = list(_stages(card.record))
+        minutes = sum(s["training_minutes"] * s["processes"] for s in stages)
+        steps = " + ".join(str(s["steps"]) for s in reversed(stages))
+        size = sum(t.numel() for t in load_weights(name).state_dict().values()) / 1e6
+        lines.append(
+            f"| `{name}` | {card.summary} | {size:.1f} M | {steps} | {minutes:.1f} | "
+            f"{card.record['seed']} | `{_command(card.record)}` |"
+        )
+    return "\n".join(lines)
+
+
+def _stages(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The last stage of a training, then those before it."""
+    yield record
+    if "before" in record:
+        yield from _stages(record["before"])
+
+
+def _command(record: dict[str, Any]) -> str:
+    return re.sub(r" --out \S+", "", record["command"])
+
+
 def _short(value: object) -> str:
     if isinstance(value, tuple):
         return "(" + ", ".join(_short(v) for v in value) + ")"
@@ -109,6 +165,9 @@ SECTIONS = {
     "refusals": refusals,
     "details": details,
     "headline": lambda: figures([HEADLINE]),
+    "fidelity": fidelity,
+    "generation": generation,
+    "cards": cards,
     "figures": lambda: figures(sorted(path.stem for path in RESULTS.glob("*.json"))),
 }
 

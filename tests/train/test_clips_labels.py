@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tubelet.core.errors import ClipError
 from tubelet.train.clips import TASKS, make_clips, needle_floor
 from tubelet.train.clips.dice import Dice
 from tubelet.train.clips.scenes import ego_velocities, heading
@@ -45,6 +46,19 @@ def test_direction_cue_is_the_only_red_sprite():
     assert cue.min() > 0.6
 
 
+def glyph_frames(batch) -> tuple[Tensor, Tensor]:
+    """The first frame `[b, 3, h, w]` that shows the glyph, and the mask of its plate there."""
+    first = batch.relevant.flatten(2).any(2).float().argmax(1)
+    everyone = torch.arange(len(batch))
+    return batch.pixels[everyone, first], batch.relevant[everyone, first]
+
+
+def yellow(pixels: Tensor) -> Tensor:
+    """`[..., h, w]` where `[..., 3, h, w]` is as yellow as the plate of a glyph."""
+    red, green, blue = pixels.unbind(-3)
+    return (red > 0.5) & (red > 0.95 * green) & (green > 0.6 * red) & (blue < 0.4 * red)
+
+
 def test_needle_is_there_for_two_frames_and_drawn_in_full():
     batch = make_clips("needle", 80, 1, background="black")
     seen = batch.relevant.flatten(2).any(2)
@@ -55,27 +69,71 @@ def test_needle_is_there_for_two_frames_and_drawn_in_full():
     assert torch.equal(batch.relevant[everyone, first], batch.relevant[everyone, first + 1])
     assert first.min() <= 2
     assert first.max() >= 28
-    bright = (batch.pixels[everyone, first].amin(1) > 0.6).flatten(1).sum(1)
-    assert bright.min() > 8
+    frames, plates = glyph_frames(batch)
+    for frame, plate in zip(frames, plates, strict=True):
+        rows, columns = plate.nonzero().unbind(1)
+        # A filled square that nothing covers and no border cuts.
+        tall, wide = (int(x.max() - x.min()) + 1 for x in (rows, columns))
+        assert 10 <= min(tall, wide) <= max(tall, wide) <= 13
+        assert plate.sum() > 0.95 * tall * wide
+        dark = plate & (frame.amax(0) < 0.5)
+        assert (plate & yellow(frame)).sum() > 25
+        assert dark.sum() > 15
 
 
 def test_needle_glyph_is_read_by_matching_its_strokes():
     batch = make_clips("needle", 60, 2, background="black")
-    first = batch.relevant.flatten(2).any(2).float().argmax(1)
-    ink = batch.relevant[torch.arange(60), first]
-    templates = (glyph_distance(1.0, torch.device("cpu")) < 0.29).float()
+    distance = glyph_distance(1.0, torch.device("cpu"))
+    strokes = (distance < 0.18).float()[:, 2:-2, 2:-2]
     hits = 0
-    for mask, label in zip(ink, batch.labels, strict=True):
-        rows, columns = mask.nonzero().unbind(1)
-        box = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].float()
-        scores = []
-        for template in templates:
-            r, c = template.nonzero().unbind(1)
-            cut = template[r.min() : r.max() + 1, c.min() : c.max() + 1][None, None]
-            fitted = torch.nn.functional.interpolate(cut, size=box.shape, mode="area")[0, 0]
-            scores.append(-(fitted - box).abs().mean())
-        hits += int(torch.stack(scores).argmax() == label)
+    for frame, plate, label in zip(*glyph_frames(batch), batch.labels, strict=True):
+        rows, columns = plate.nonzero().unbind(1)
+        box = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
+        ink = 1 - frame[0][box]
+        fitted = torch.nn.functional.interpolate(strokes[None], size=ink.shape, mode="area")[0]
+        errors = (fitted - ink).abs().flatten(1).mean(1)
+        hits += int(errors.argmin() == label)
     assert hits >= 57
+
+
+def test_no_distractor_of_the_needle_is_yellow():
+    batch = make_clips("needle", 60, 3, background="black", size=32)
+    shown = batch.relevant.flatten(2).any(2)
+    assert yellow(batch.pixels)[shown].flatten(1).any(1).all()
+    others = batch.pixels[~shown]
+    assert (others.amax((1, 2, 3)) > 0.5).float().mean() > 0.9
+    assert not yellow(others).any()
+
+
+def exposures(batch) -> Tensor:
+    """Frames `[b]` that show the glyph, without a gap."""
+    seen = batch.relevant.flatten(2).any(2)
+    changes = (seen[:, 1:] != seen[:, :-1]).sum(1) + seen[:, 0] + seen[:, -1]
+    assert (changes == 2).all()
+    return seen.sum(1)
+
+
+def test_exposure_sets_for_how_long_the_glyph_is_shown():
+    assert (exposures(make_clips("needle", 20, 4, size=32, exposure=(5, 5))) == 5).all()
+    assert (exposures(make_clips("needle", 4, 4, size=32, exposure=(32, 32))) == 32).all()
+    many = exposures(make_clips("needle", 120, 4, size=32, exposure=(2, 16), frames=20)).float()
+    assert (many.min(), many.max()) == (2, 16)
+    # Log-uniform: half of the clips are below the geometric mean of 5.7, not below 9.
+    assert 4 <= many.median() <= 7
+
+
+def test_exposure_is_two_frames_by_default_and_nothing_to_other_tasks():
+    told = make_clips("needle", 6, 5, size=32, exposure=(2, 2))
+    assert torch.equal(make_clips("needle", 6, 5, size=32).pixels, told.pixels)
+    one, other = (make_clips("shells", 2, 5, size=32, exposure=e) for e in ((2, 2), (1, 16)))
+    assert torch.equal(one.pixels, other.pixels)
+
+
+@pytest.mark.parametrize("exposure", [(0, 2), (3, 2), (2, 17), (-1, -1)], ids=str)
+def test_an_exposure_that_does_not_fit_the_clip_is_refused(exposure):
+    with pytest.raises(ClipError, match="exposure must rise within 1 to 16 frames, got") as caught:
+        make_clips("needle", 1, 0, frames=16, exposure=exposure)
+    assert "\n" not in str(caught.value)
 
 
 def test_glyphs_differ_wherever_they_are_shifted_to():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tubelet.core.errors import ClipError
+from tubelet.core.errors import ClipError, UnsupportedError
 from tubelet.models.encoder import ClipSpec
 from tubelet.models.load import LoadedModel
 from tubelet.train.clips import TASKS, TEST_SEED, make_clips
@@ -53,11 +53,13 @@ def gather_inputs(
         batch: Clips in one forward.
 
     Raises:
-        ClipError: As for `open_clip`.
-        TubeletError: The task is unknown.
+        ClipError: As for `open_clip`, or a rate was given for a procedural task.
+        UnsupportedError: The task is unknown, or the model's clips are not square.
     """
     name = os.fspath(source)
-    if name.startswith(TASK) and not Path(name).exists():
+    if name.startswith(TASK) and not os.path.exists(name):
+        if rate is not None:
+            raise ClipError(f"{name}: clips of a task have no other rate; leave the rate out")
         return _task_inputs(name.removeprefix(TASK), loaded, batch)
     clip = open_clip(source, loaded, rate)
     return Inputs(clip, model_inputs(clip, loaded, batch), describe(clip, batch))
@@ -66,9 +68,11 @@ def gather_inputs(
 def _task_inputs(name: str, loaded: LoadedModel, batch: int) -> Inputs:
     spec = loaded.clip
     # A model that knows the task takes clips of any length; others get their own.
-    known = name in getattr(loaded.model.config, "task_names", ())
+    known = name in TASKS and name in getattr(loaded.model.config, "task_names", ())
+    if len(set(spec.size)) > 1:
+        raise UnsupportedError(f"clips of a task are square, {loaded.name} takes {spec.size}")
     frames = TASKS[name].frames if known else spec.frames
-    made = make_clips(name, batch, TEST_SEED, frames=frames, size=min(spec.size))
+    made = make_clips(name, batch, TEST_SEED, frames=frames, size=spec.size[0])
     bytes_ = (made.pixels * 255).round().byte()
     times = torch.arange(made.pixels.shape[1], dtype=torch.float64) / 16
     clip = Clip(bytes_[0], times, f"procedural clip of {name}", 16.0)

@@ -1,5 +1,6 @@
 """Clips from tubelet's own generator, read back by the detector."""
 
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tubelet.bench.compare import Progress
-from tubelet.core.errors import TubeletError
+from tubelet.core.errors import ClipError, TubeletError
 from tubelet.models.load import checked_device
 from tubelet.nn.flow import METHODS, generate
 from tubelet.nn.weights import load_weights
@@ -52,10 +53,7 @@ def draw(request: DrawRequest, progress: Progress) -> Drawn:
     device = checked_device(request.device)
     progress("loading the model", 0, 1)
     model = load_weights(request.model, expect="VideoDiT", device=device)
-    try:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TubeletError(f"cannot make {request.out.parent}: {error.strerror}") from None
+    _check_out(request.out, request.fps)
     calls = METHODS.get(request.method, 1)
     total = request.steps * len(wanted)
     clips = []
@@ -63,7 +61,9 @@ def draw(request: DrawRequest, progress: Progress) -> Drawn:
     for number, row in enumerate(wanted):
 
         def tell(step: int, x: torch.Tensor, v: torch.Tensor, done: int = number) -> None:
-            progress(f"drawing, {calls} evaluations per step", done * request.steps + step, total)
+            progress(
+                f"drawing, {calls} evaluations per step", done * request.steps + step + 1, total
+            )
 
         clips.append(
             generate(
@@ -80,8 +80,33 @@ def draw(request: DrawRequest, progress: Progress) -> Drawn:
     pixels = torch.cat(clips)
     spent = time.perf_counter() - start
     found = detect(pixels.float())
-    if request.out.suffix.lower() == ".png":
-        write_video(request.out, film_strips(pixels.cpu(), request.zoom), 1, codec="png")
-    else:
-        write_video(request.out, tile_clips(pixels.cpu(), request.zoom), request.fps)
+    layout = film_strips if _is_sheet(request.out) else tile_clips
+    _write(request.out, layout(pixels.cpu(), request.zoom), request.fps)
     return Drawn([describe(row) for row in wanted], [describe(row) for row in found], spent)
+
+
+def _is_sheet(out: Path) -> bool:
+    return out.suffix.lower() == ".png"
+
+
+def _write(out: Path, frames: torch.Tensor, fps: float) -> None:
+    if _is_sheet(out):
+        write_video(out, frames, 1, codec="png")
+    else:
+        write_video(out, frames, fps)
+
+
+def _check_out(out: Path, fps: float) -> None:
+    """Write a grey frame beside `out`: what cannot be written shows before minutes of drawing."""
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(0, "it is a folder; name a file inside it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            probe = Path(folder) / out.name
+            try:
+                _write(probe, torch.full((1, 3, 16, 16), 128, dtype=torch.uint8), fps)
+            except TubeletError as error:
+                raise type(error)(str(error).replace(str(probe), str(out))) from None
+    except OSError as error:
+        raise ClipError(f"cannot write {out}: {error.strerror or error}") from None

@@ -8,25 +8,20 @@ import torch
 
 from tubelet.bench.clip_inputs import gather_inputs
 from tubelet.bench.compare import Progress, compare
+from tubelet.bench.fidelity.budgets import Geometry, OutOfReach, at_budget
 from tubelet.bench.pictures import strips
 from tubelet.bench.result import Comparison
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.errors import TubeletError
+from tubelet.core.grid import TokenGrid
 from tubelet.core.recipe import Recipe
 from tubelet.models.catalogue import adapter_for
 from tubelet.models.encoder import EncoderAdapter
 from tubelet.models.load import checked_device, load_model
 from tubelet.recipes import parse
 
-DEFAULT_RECIPES = (
-    "ToMe(r=100, inflection=-1.0)",
-    "VidTLDR",
-    "EVAD",
-    "RLT",
-    "UniformPool",
-    "RandomDrop",
-)
-"""What runs when no recipe is named: the authors' defaults, and ToMe at half of the tokens."""
+DEFAULT_RECIPES = ("VidTLDR", "EVAD", "RLT", "UniformPool", "RandomDrop")
+"""What runs when no recipe is named: the authors' defaults, after ToMe at half of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +49,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     Raises:
         TubeletError: Wrong clip, model, recipe, device or folder; nothing is written then.
     """
-    combinations = [_combination(text) for text in request.recipes or DEFAULT_RECIPES]
+    combinations = [_combination(text) for text in request.recipes]
     _check_folder(request.out)
     device = checked_device(request.device)
     progress("loading the model", 0, 1)
@@ -63,6 +58,12 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     loaded = load_model(request.model, dtype=dtype, device=device, seed=request.seed)
     progress("decoding the clip", 0, 1)
     inputs = gather_inputs(request.clip, loaded, request.rate, request.batch)
+    adapter = adapter_for(loaded.model)
+    assert isinstance(adapter, EncoderAdapter)
+    base = adapter.base_model(loaded.model)
+    grid = adapter.grid(base, inputs.arguments[loaded.clip.argument])
+    if not combinations:
+        combinations = _defaults(adapter.sites(loaded.model)[0].num_layers, grid)
     assignments: dict[str, list[TokenAssignment]] = {}
     comparison = compare(
         loaded.model,
@@ -78,16 +79,18 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
         assignments=assignments,
         notes=loaded.notes,
     )
-    adapter = adapter_for(loaded.model)
-    assert isinstance(adapter, EncoderAdapter)
-    base = adapter.base_model(loaded.model)
-    grid = adapter.grid(base, inputs.arguments[loaded.clip.argument])
     shrunk = {n: parts for n, parts in assignments.items() if parts[0].num_out < parts[0].num_in}
     pictures = strips(inputs.clip.frames, grid, shrunk)
     request.out.mkdir(parents=True, exist_ok=True)
     comparison.to_html(request.out / "report.html", pictures)
     comparison.to_json(request.out / "report.json")
     return comparison
+
+
+def _defaults(layers: int, grid: TokenGrid) -> list[list[Recipe]]:
+    half = at_budget("ToMe", 0.5, Geometry(layers=layers, grid=grid))
+    first = [] if isinstance(half, OutOfReach) else [half]
+    return [[recipe] for recipe in [*first, *map(parse, DEFAULT_RECIPES)]]
 
 
 def _combination(text: str) -> list[Recipe]:

@@ -29,7 +29,7 @@ def train(
     init: Annotated[
         str | None, typer.Option(help="Weights to start from: a shipped name or a file.")
     ] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="Side of the clips in pixels.")] = None,
+    size: Annotated[int | None, typer.Option(min=32, help="Side of the clips in pixels.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and clips.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for weights, log and checkpoints.")] = Path(
         "out/train"

@@ -12,7 +12,7 @@ from tubelet.core.recipe import Recipe
 from tubelet.models.divided import DividedRuntime
 from tubelet.models.encoder import BuiltModel, ClipSpec, EncoderAdapter
 from tubelet.models.runtime import EncoderRuntime
-from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD, load_weights, read_card
+from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD, load_weights
 
 
 def _clip(config: Any) -> ClipSpec:
@@ -40,7 +40,8 @@ class VideoViTAdapter(EncoderAdapter):
             },
             "VideoViT, factorised": dict.fromkeys(everything, factorised),
         }
-        return {kind: {**lacks, **self.untrained()} for kind, lacks in kinds.items()}
+        bare = {kind: {**lacks, **self.untrained()} for kind, lacks in kinds.items()}
+        return {**bare, "VideoViT, joint, with reducers": joint}
 
     def variant_of(self, settings: Mapping[str, Any]) -> str:
         kind = settings.get("attention", "joint")
@@ -48,6 +49,8 @@ class VideoViTAdapter(EncoderAdapter):
             return "VideoViT, factorised"
         if kind == "divided":
             return "VideoViT, divided"
+        if settings.get("reducers"):
+            return "VideoViT, joint, with reducers"
         pooled = settings.get("pool", "class") == "mean"
         return "VideoViT, joint, mean pool" if pooled else "VideoViT, joint"
 
@@ -69,13 +72,11 @@ class VideoViTAdapter(EncoderAdapter):
                 _set(layer.get_submodule(path), "runtime", runtime, handle)
 
     def build(self, preset: str, seed: int) -> BuiltModel:
-        card = read_card(preset)
         return BuiltModel(
             model=load_weights(preset),
             random_weights=False,
             mean=(PIXEL_MEAN,) * 3,
             std=(PIXEL_STD,) * 3,
-            notes=(card.summary,) if card.summary else (),
         )
 
 
@@ -157,6 +158,10 @@ ADAPTER = VideoViTAdapter(
     class_tokens=1,
     takes_positions=True,
     config_class="VideoViTConfig",
-    presets={"tubelet-vit": {}, "tubelet-vit-small": {"width": 128}, "tubelet-vit-elastic": {}},
+    presets={
+        "tubelet-vit": {},
+        "tubelet-vit-small": {"width": 128},
+        "tubelet-vit-elastic": {"reducers": True},
+    },
     clip=_clip,
 )

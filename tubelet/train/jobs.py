@@ -16,7 +16,7 @@ from tubelet.core.recipe import Recipe
 from tubelet.nn.dit import VideoDiT, VideoDiTConfig
 from tubelet.nn.reducers import Reducers, ReducersConfig
 from tubelet.nn.vit import VideoViT, VideoViTConfig
-from tubelet.nn.weights import load_weights, save_weights
+from tubelet.nn.weights import load_weights, read_card, save_weights
 from tubelet.recipes import learned
 from tubelet.train.clips import TASKS
 from tubelet.train.objectives import (
@@ -37,8 +37,12 @@ ENCODER_TASKS = (
     "mask",
 )
 
-QUICK_SHAPE = {"width": 64, "depth": 3, "heads": 1}
-"""An encoder that learns something in a minute on a CPU."""
+TRAINED = "tubelet-vit"
+"""The encoder that jobs with reducers start from."""
+
+QUICK_SHAPE = {"width": 64, "depth": 4, "heads": 1}
+"""An encoder that learns something in a minute on a CPU, with a layer behind the third one, at which
+the learned recipes reduce."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,7 @@ class Job:
         summary: One line for people.
         build: Makes the objective.
         weights: Name of the weights file that it writes.
+        init: Weights that it starts from unless told otherwise; quick runs start from none.
         batch, learning_rate, ema, minutes: Defaults; minutes are for one H200.
         quick_batch: Batch of the quick mode.
     """
@@ -79,6 +84,7 @@ class Job:
     summary: str
     build: Callable[[Setup], Any]
     weights: str
+    init: str | None = None
     batch: int = 64
     quick_batch: int = 8
     learning_rate: float = 1e-3
@@ -122,6 +128,7 @@ def jobs() -> dict[str, Job]:
             summary="the trained reducers and the encoder under them, at random budgets",
             build=_elastic,
             weights="tubelet-vit-elastic",
+            init=TRAINED,
             batch=24,
             learning_rate=2e-4,
         ),
@@ -161,6 +168,7 @@ def jobs() -> dict[str, Job]:
             summary=f"{name} and the encoder under it, at random budgets",
             build=partial(_elastic, names=(name,)),
             weights=f"tubelet-vit-{name.lower()}",
+            init=TRAINED,
             batch=24,
             learning_rate=2e-4,
         )
@@ -216,17 +224,31 @@ def _encoder(
     tasks: tuple[str, ...] = ENCODER_TASKS,
     corrupt: Any = None,
 ) -> EncoderObjective:
+    config = _encoder_config(setup, tasks, shape or {})
+    model = _start(VideoViT, config, setup)
+    options = _options(setup, config.size[0])
+    return EncoderObjective(model, tasks=tasks, corrupt=corrupt, **options)
+
+
+def _encoder_config(
+    setup: Setup, tasks: tuple[str, ...], shape: dict[str, int]
+) -> VideoViTConfig:
     classes = {n: TASKS[n].classes for n in tasks if n != "mask"}
     dense = tuple(n for n in tasks if n == "mask")
     size = 64 if setup.size is None else setup.size
-    changes = {**(shape or {}), **(QUICK_SHAPE if setup.quick else {})}
-    config = VideoViTConfig(tasks=classes, dense_tasks=dense, size=(size, size), **changes)
-    model = _start(VideoViT, config, setup)
-    return EncoderObjective(model, tasks=tasks, corrupt=corrupt, **_options(setup, size))
+    changes = {**shape, **(QUICK_SHAPE if setup.quick else {})}
+    return VideoViTConfig(tasks=classes, dense_tasks=dense, size=(size, size), **changes)
 
 
 def _elastic(setup: Setup, names: tuple[str, ...] = LEARNED) -> ElasticObjective:
-    model = load_weights(setup.init or "tubelet-vit", expect="VideoViT").to(setup.device)
+    if setup.init is None and setup.quick:
+        model = _start(VideoViT, _encoder_config(setup, ENCODER_TASKS, {}), setup)
+        # There is nothing to learn from a teacher with random weights.
+        distil, teacher = 0.0, None
+    else:
+        start = setup.init or TRAINED
+        model = load_weights(start, expect="VideoViT").to(setup.device)
+        distil, teacher = 1.0, read_card(start).sha256
     config = model.config
     if getattr(model, "reducers", None) is None:
         with torch.random.fork_rng(devices=[]):
@@ -235,7 +257,12 @@ def _elastic(setup: Setup, names: tuple[str, ...] = LEARNED) -> ElasticObjective
         model.reducers.to(setup.device)
     recipes = [partial(at_keep_ratio, name) for name in names]
     options = _options(setup, setup.size or config.size[0])
-    return ElasticObjective(model.train(), recipes=recipes, tasks=config.task_names, **options)
+    objective = ElasticObjective(
+        model.train(), recipes=recipes, tasks=config.task_names, distil=distil, **options
+    )
+    # A run that is resumed needs the same teacher, which no checkpoint holds.
+    objective.identity["teacher"] = teacher
+    return objective
 
 
 def _generator(setup: Setup) -> DiffusionObjective:
@@ -255,8 +282,9 @@ def _start(kind: Any, config: Any, setup: Setup) -> Any:
         model = kind(config)
     if setup.init is not None:
         start = load_weights(setup.init, expect=kind.__name__)
+        weights = {n: w for n, w in start.state_dict().items() if not n.startswith("reducers.")}
         try:
-            model.load_state_dict(start.state_dict())
+            model.load_state_dict(weights)
         except RuntimeError:
             raise ModelError(
                 f"the weights {setup.init} have another shape than this job's model"

@@ -71,7 +71,12 @@ class EncoderObjective:
         self.background, self.corrupt, self.test_clips = background, corrupt, test_clips
         self.device = next(model.parameters()).device
         self.features: Callable[..., tuple[Tensor, Tensor]] = model.features
-        self.identity = {"tasks": list(self.tasks), "size": size, "background": background}
+        self.identity = {
+            "tasks": list(self.tasks),
+            "size": size,
+            "background": background,
+            "corrupt": None if corrupt is None else getattr(corrupt, "__name__", str(corrupt)),
+        }
 
     def compile(self) -> None:
         """Fuse the encoder; its two clip lengths become two graphs."""
@@ -194,6 +199,12 @@ class ElasticObjective(EncoderObjective):
         super().__init__(model, **options)
         self.recipes, self.keep_ratios = tuple(recipes), keep_ratios
         self.dense_share, self.distil = dense_share, distil
+        self.identity |= {
+            "recipes": [str(recipe(keep_ratios[0])) for recipe in self.recipes],
+            "keep_ratios": list(keep_ratios),
+            "dense_share": dense_share,
+            "distil": distil,
+        }
         self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
         self._teach: Callable[..., tuple[Tensor, Tensor]] = self.teacher.features
 
@@ -259,6 +270,7 @@ class DiffusionObjective:
         self.model, self.batch_size, self.shift = model, batch, shift
         self.test_clips = test_clips
         self.device = next(model.parameters()).device
+        self.identity = {**model.config.to_dict(), "shift": shift}
         self._forward: Callable[..., Tensor] = model
 
     def compile(self) -> None:

@@ -13,11 +13,10 @@ import torch
 
 from tubelet.core.errors import TubeletError, UnsupportedError
 from tubelet.models.load import checked_device
+from tubelet.nn.weights import read_card
 from tubelet.train.config import TrainConfig
-from tubelet.train.curves import curve_summary
 from tubelet.train.distributed import open_world
 from tubelet.train.jobs import Job, Setup, job, save
-from tubelet.train.log import read_log
 from tubelet.train.loop import train
 
 Progress = Callable[[str, int, int], None]
@@ -51,7 +50,7 @@ class Outcome:
     Args:
         steps: Steps made.
         scores: Evaluation with the averaged weights.
-        files: Weights, log and config.
+        files: Weights and log.
         first: Whether this is the process that wrote them.
     """
 
@@ -75,25 +74,29 @@ def run_training(request: TrainRequest, progress: Progress) -> Outcome:
     """
     entry = job(request.what)
     _check_device(request, entry)
-    request.out.mkdir(parents=True, exist_ok=True)
     config = _config(request, entry)
+    init = request.init
+    if init is None and not request.quick:
+        init = entry.init
     with open_world(request.device) as world:
         setup = Setup(
             device=world.device,
             seed=request.seed,
             batch=config.batch,
-            init=request.init,
+            init=init,
             size=request.size,
             quick=request.quick,
         )
         objective = entry.build(setup)
+        # Read now: the run may write over the file that it started from.
+        before = None if init is None else read_card(init).record
         started = time.time()
         result = train(objective, config, request.out, resume=request.resume, progress=progress)
         record = {
             "command": "tubelet " + " ".join(sys.argv[1:]),
             "job": entry.name,
             "seed": request.seed,
-            "init": request.init,
+            "init": None if init is None else Path(init).name,
             "steps": result.steps,
             "training_minutes": round(result.seconds / 60, 2),
             "wall_minutes": round((time.time() - started) / 60, 2),
@@ -104,8 +107,10 @@ def run_training(request: TrainRequest, progress: Progress) -> Outcome:
             "clips_per_second": round(result.samples_per_second, 1),
             "config": config.to_dict(),
             "scores": {name: _rounded(value) for name, value in result.metrics.items()},
-            "curve": curve_summary(read_log(request.out / "log.jsonl")),
+            "curve": result.curve,
         }
+        if init is not None:
+            record["before"] = before
         files = save(entry, objective.model, request.out, record) if world.first else []
         return Outcome(
             steps=result.steps,
@@ -117,15 +122,15 @@ def run_training(request: TrainRequest, progress: Progress) -> Outcome:
 
 
 def _config(request: TrainRequest, entry: Job) -> TrainConfig:
-    minutes = request.minutes
+    minutes, rate = request.minutes, request.learning_rate
     if minutes is None and request.steps is None:
         minutes = QUICK_MINUTES if request.quick else entry.minutes
-    batch = request.batch or (entry.quick_batch if request.quick else entry.batch)
+    batch = entry.quick_batch if request.quick else entry.batch
     return TrainConfig(
         minutes=minutes,
         steps=request.steps,
-        batch=batch,
-        learning_rate=request.learning_rate or entry.learning_rate,
+        batch=batch if request.batch is None else request.batch,
+        learning_rate=entry.learning_rate if rate is None else rate,
         ema=0.98 if request.quick else entry.ema,
         precision="bf16" if request.device.startswith("cuda") else "fp32",
         compile=request.compile,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tubelet.bench.quality import Interval, bootstrap
+from tubelet.core.errors import TubeletError
 from tubelet.core.files import write_whole
 
 SCHEMA = 1
@@ -116,6 +117,25 @@ class Generation:
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write the figures; the file appears whole or not at all."""
         return write_whole(path, json.dumps(_finite(self.to_dict()), indent=1) + "\n")
+
+
+def read_generation(path: str | os.PathLike[str]) -> Generation:
+    """A result that `Generation.to_json` wrote.
+
+    Raises:
+        TubeletError: The file is missing or is not such a result.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+        if (data.pop("kind"), data.pop("schema")) != (KIND, SCHEMA):
+            raise ValueError("another kind or schema")
+        outcomes = [
+            Outcome(**{key: value for key, value in item.items() if key != "derived"})
+            for item in data.pop("outcomes")
+        ]
+        return Generation(outcomes=outcomes, **data)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TubeletError(f"{path} is not a result of tubelet bench generation: {error}") from None
 
 
 def label_of(outcome: Outcome, floor: Sequence[Outcome]) -> str:
