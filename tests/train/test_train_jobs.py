@@ -69,7 +69,7 @@ def test_every_learned_reduction_can_be_trained():
     assert set(learned_recipes().values()) == {c for c in final if issubclass(c, LearnedReduction)}
     assert len(LEARNED) == 6
     assert at_keep_ratio("GumbelKeep", 0.3) == GumbelKeep(keep_ratio=0.3)
-    with pytest.raises(RecipeError, match="no learned recipe 'ToMe'; known: .*GumbelKeep"):
+    with pytest.raises(RecipeError, match=r"no learned recipe 'ToMe'; known: .*GumbelKeep"):
         at_keep_ratio("ToMe", 0.3)
 
 
@@ -84,7 +84,7 @@ def test_an_unknown_name_is_told_with_the_closest_one(name, words):
 
 
 def test_a_name_like_no_other_gets_the_list_only():
-    with pytest.raises(ModelError, match="'zzzz'. Known: encoder"):
+    with pytest.raises(ModelError, match=r"'zzzz'. Known: encoder"):
         job("zzzz")
 
 
@@ -268,6 +268,6 @@ def test_a_save_that_fails_leaves_the_reducers_on_the_model(tmp_path):
     model.reducers = build_reducers(32, heads=2)
     with torch.no_grad():
         model.norm.bias.fill_(1e9)
-    with pytest.raises(ModelError, match="norm.bias has values that are not finite in float16"):
+    with pytest.raises(ModelError, match=r"norm.bias has values that are not finite in float16"):
         save(entry(), model, tmp_path, {})
     assert model.reducers is not None

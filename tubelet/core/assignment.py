@@ -79,26 +79,50 @@ class TokenAssignment:
     def keep_where(cls, mask: Bool[Tensor, "b n"]) -> "list[TokenAssignment]":
         """Keep the True tokens of each sample, as many as there are: one assignment per sample.
 
-        The counts are read from the device once for the whole batch.
+        Raises:
+            ShapeError: A sample keeps nothing.
+        """
+        plan, lengths = cls.keep_padded(mask)
+        return [
+            cls(
+                index=plan.index[b : b + 1],
+                weight=plan.weight[b : b + 1],
+                anchor=plan.anchor[b : b + 1, :length],
+                size=plan.size[b : b + 1, :length],
+                copies=True,
+            )
+            for b, length in enumerate(lengths)
+        ]
+
+    @classmethod
+    def keep_padded(cls, mask: Bool[Tensor, "b n"]) -> "tuple[TokenAssignment, tuple[int, ...]]":
+        """Keep the True tokens of each sample in one assignment, and how many these are.
+
+        K is the longest sample. Outputs behind the end of a shorter one are padding: their size
+        and anchor are 0, and no input goes there. The counts are read from the device at once.
 
         Raises:
             ShapeError: A sample keeps nothing.
         """
         batch, num = mask.shape
+        counts = mask.sum(1)
+        lengths = tuple(counts.tolist())
+        if min(lengths) < 1:
+            raise ShapeError(f"sample {lengths.index(0)} of {batch} keeps none of its {num} tokens")
+        longest = max(lengths)
         index = torch.where(mask, mask.cumsum(1) - 1, -1)
-        ones = torch.ones(batch, num, device=mask.device)
-        counts = mask.sum(1).tolist()
-        anchors = mask.nonzero()[:, 1].split(counts)
-        return [
-            cls(
-                index=index[b : b + 1],
-                weight=ones[b : b + 1],
-                anchor=anchors[b][None],
-                size=ones[b : b + 1, : counts[b]],
-                copies=True,
-            )
-            for b in range(batch)
-        ]
+        # One slot more takes what is dropped.
+        slots = torch.where(mask, index, longest)
+        every = torch.arange(num, device=mask.device).expand(batch, num)
+        anchor = index.new_zeros(batch, longest + 1).scatter(1, slots, every)[:, :longest]
+        plan = cls(
+            index=index,
+            weight=torch.ones(batch, num, device=mask.device),
+            anchor=anchor,
+            size=(every[:, :longest] < counts[:, None]).float(),
+            copies=True,
+        )
+        return plan, lengths
 
     @classmethod
     def merge(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
@@ -75,6 +75,7 @@ class TokenContext:
             position on the remaining axis at temporal and spatial sites.
         protected: Leading tokens (class tokens) that must stay.
         shared: Consecutive groups that must get one common decision.
+        padded: Samples differ in length and end in padding of size 0; see `valid`.
         stats: Attention statistics of the call that produced `hidden`; None at input sites.
         tubelet: (frames, height, width) in pixels that one token covers.
         pixels: [B, T, 3, H, W] float clip as the host model received it; input sites only.
@@ -88,6 +89,7 @@ class TokenContext:
     anchor: Tensor
     protected: int = 0
     shared: int = 1
+    padded: bool = False
     stats: AttentionStatistics | None = None
     tubelet: tuple[int, int, int] = (1, 1, 1)
     pixels: Tensor | None = None
@@ -95,8 +97,17 @@ class TokenContext:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens now, protected ones included."""
+        """Tokens now, protected ones included; with padding, those of the longest sample."""
         return self.hidden.shape[1]
+
+    @property
+    def valid(self) -> Bool[Tensor, "g n"] | None:
+        """False at the padding behind the end of a shorter sample; None when there is none.
+
+        No field and no statistic means anything at padding, except that sizes, `rows` and
+        `received` are 0. Only recipes that take padding ever see any.
+        """
+        return self.size > 0 if self.padded else None
 
     def statistics(self) -> AttentionStatistics:
         """`stats`, or an error that names the misuse."""

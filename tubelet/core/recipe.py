@@ -157,10 +157,16 @@ class RaggedReduction(TokenRecipe):
     """Drops tokens whose number depends on the input, so samples of a batch differ in length."""
 
     decides: ClassVar[str] = "keep"
+    takes_padding: ClassVar[bool] = False
+    """Whether `keep` heeds `ctx.valid`. Without it, samples that differ in length already are
+    decided one by one."""
 
     @abstractmethod
     def keep(self, ctx: TokenContext) -> Tensor | None:
-        """Bool [G, N], True where a token stays (at least one per row); None keeps all."""
+        """Bool [G, N], True where a token stays (at least one per row); None keeps all.
+
+        What it says of padding is ignored.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ returns to its full length after the last layer, so everything behind sees what 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +29,7 @@ from tubelet.core.recipe import (
 )
 from tubelet.kernels.attention import CallStatistics, attention, choose, packed_attention, why_not
 from tubelet.kernels.attention.channels import padded_to, with_bias_channels
-from tubelet.models.groups import TokenGroup, unpack
+from tubelet.models.groups import TokenGroup, padded_call, part_of_call, unpack
 from tubelet.models.interface import NAME
 
 if TYPE_CHECKING:
@@ -188,22 +187,56 @@ class EncoderRuntime:
         recipe = self.reducers.get(key)
         if recipe is None:
             return None
-        parts: list[Tensor] = []
-        after: list[TokenGroup] = []
-        start = 0
-        for number, group in enumerate(self.groups):
-            own = None if stats is None else stats[number]
-            context = self._context(key, group, hidden, own, pixels)
-            for piece, tokens, plan in _plans(recipe, context, group):
-                parts.append(_reduced(tokens, plan))
-                after.append(piece.after(plan, start))
-                start += after[-1].num
+        together = _takes_all(recipe, self.groups, stats)
+        step = self._keep if together else self._group_after_group
+        reduced, after = step(recipe, key, hidden, stats, pixels)
         before, left = _mean_tokens(self.groups), _mean_tokens(after)
         self.handle.report().change(str(recipe), self.sites[key].name, before, left)
         if left == before:
             return None
-        self.groups, self.packed = after, len(after) > 1
-        return torch.cat(parts, dim=1) if self.packed else parts[0]
+        self.groups, self.packed = after, len(after) > 1 or after[0].packing is not None
+        return reduced
+
+    def _keep(
+        self,
+        recipe: RaggedReduction,
+        key: tuple[int, str],
+        hidden: Tensor,
+        stats: list[CallStatistics] | None,
+        pixels: Tensor | None,
+    ) -> tuple[Tensor, list[TokenGroup]]:
+        """One decision for samples that may come to differ in length, or differ already."""
+        (group,) = self.groups
+        context = self._context(key, group, hidden, None if stats is None else stats[0], pixels)
+        mask = recipe.keep(context)
+        kept = None if mask is None else group.keep(mask)
+        if kept is None:
+            return hidden, self.groups
+        after, rows = kept
+        return context.hidden.flatten(0, 1).index_select(0, rows)[None], [after]
+
+    def _group_after_group(
+        self,
+        recipe: TokenRecipe,
+        key: tuple[int, str],
+        hidden: Tensor,
+        stats: list[CallStatistics] | None,
+        pixels: Tensor | None,
+    ) -> tuple[Tensor, list[TokenGroup]]:
+        parts: list[Tensor] = []
+        after: list[TokenGroup] = []
+        start = 0
+        groups = _apart(self.groups)
+        if stats is not None and len(stats) < len(groups):
+            stats = [part_of_call(stats[0], group) for group in groups]
+        for number, group in enumerate(groups):
+            own = None if stats is None else stats[number]
+            context = self._context(key, group, hidden, own, pixels)
+            plan = _plan(recipe, context)
+            parts.append(_reduced(context.hidden, plan))
+            after.append(group.after(plan, start))
+            start += after[-1].num
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], after
 
     def _context(
         self,
@@ -215,12 +248,18 @@ class EncoderRuntime:
     ) -> TokenContext:
         assert self.grid is not None
         samples = slice(group.first, group.first + group.batch)
+        tokens, packing = group.view(hidden, self.packed), group.packing
+        size, anchor = group.size, group.anchor
+        if packing is not None:
+            tokens, size, anchor = (packing.pad(x) for x in (hidden, size, anchor))
+            stats = None if stats is None else padded_call(stats, packing)
         return TokenContext(
             site=self.sites[key],
             grid=self.grid,
-            hidden=group.view(hidden, self.packed),
-            size=group.size,
-            anchor=group.anchor,
+            hidden=tokens,
+            size=size,
+            anchor=anchor,
+            padded=packing is not None,
             protected=self.grid.before,
             stats=stats,
             tubelet=self.tubelet,
@@ -235,7 +274,8 @@ class EncoderRuntime:
         Dropped tokens get the size-weighted mean of the survivors, so that mean pooling over the
         sequence equals size-weighted pooling over what survived.
         """
-        whole = [group.origin for group in self.groups if group.origin is not None]
+        groups = _apart(self.groups)
+        whole = [group.origin for group in groups if group.origin is not None]
         if not whole:
             return hidden
         self.handle.record_assignment(whole)
@@ -243,8 +283,8 @@ class EncoderRuntime:
             self.dropped = torch.cat([group.dropped() for group in self.groups])
         if not self.packed:
             return self.groups[0].restore(hidden)
-        if any(group.stages for group in self.groups):
-            return torch.cat([g.restore(g.view(hidden, True)) for g in self.groups])
+        if any(group.stages for group in groups):
+            return torch.cat([g.restore(g.view(hidden, True)) for g in groups])
         return unpack(hidden, whole)
 
     # Attention
@@ -286,11 +326,10 @@ class EncoderRuntime:
             return host()
         learning = bias is not None and bias.requires_grad
         if attender is None and self.packed and not learning:
-            lengths = [group.num for group in self.groups]
+            lengths = [num for group in self.groups for num in group.lengths]
             self.handle.report().attention["packed" + why] += 1
             out, lse = packed_attention(q, k, v, lengths, scale=scale, key_bias=bias)
-            whole = CallStatistics(q, k, v, scale, lse, bias)
-            stats = [_part(whole, group) for group in self.groups]
+            stats = [CallStatistics(q, k, v, scale, lse, bias)]
         else:
             out, stats = self._group_by_group(key, attender, (q, k, v), scale, bias, why)
         if wants:
@@ -322,7 +361,7 @@ class EncoderRuntime:
         why: str,
     ) -> tuple[Tensor, list[CallStatistics]]:
         results = []
-        for group in self.groups:
+        for group in _apart(self.groups):
             part = [group.view(x, self.packed, axis=2) for x in qkv]
             own = None if bias is None else group.view(bias, self.packed)
             results.append(self._one_call(key, attender, part, scale, own, why))
@@ -399,24 +438,31 @@ def _reduced(tokens: Tensor, plan: TokenAssignment | LearnedPlan | None) -> Tens
     return plan.hidden if isinstance(plan, LearnedPlan) else plan.reduce(tokens)
 
 
-def _plans(
-    recipe: TokenReduction | RaggedReduction | LearnedReduction,
-    context: TokenContext,
-    group: TokenGroup,
-) -> Sequence[tuple[TokenGroup, Tensor, TokenAssignment | LearnedPlan | None]]:
-    """The plan of a group, or of each of its samples: (samples, their tokens, plan)."""
+def _takes_all(
+    recipe: TokenRecipe, groups: Sequence[TokenGroup], stats: list[CallStatistics] | None
+) -> bool:
+    """Whether one decision serves a whole batch whose samples may end with different lengths."""
+    if not isinstance(recipe, RaggedReduction) or len(groups) > 1 or groups[0].batch == 1:
+        return False
+    one_call = stats is None or len(stats) == 1
+    return groups[0].packing is None or (recipe.takes_padding and one_call)
+
+
+def _apart(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
+    """Groups of samples that hold the same number of tokens."""
+    return [part for g in groups for part in ([g] if g.packing is None else g.split())]
+
+
+def _plan(recipe: TokenRecipe, context: TokenContext) -> TokenAssignment | LearnedPlan | None:
+    """The plan of a group in which no sample can come to differ from another."""
     if isinstance(recipe, LearnedReduction):
-        return [(group, context.hidden, recipe.transform(context))]
+        return recipe.transform(context)
     if isinstance(recipe, TokenReduction):
-        return [(group, context.hidden, recipe.plan(context))]
+        return recipe.plan(context)
+    assert isinstance(recipe, RaggedReduction)
     mask = recipe.keep(context)
-    if mask is None:
-        return [(group, context.hidden, None)]
-    plans = TokenAssignment.keep_where(mask)
-    if all(plan.num_out == group.num for plan in plans):
-        return [(group, context.hidden, None)]
-    samples = context.hidden.split(1)
-    return list(zip(group.split(), samples, plans, strict=True))
+    plan = None if mask is None else TokenAssignment.keep_padded(mask)[0]
+    return None if plan is None or plan.num_out == plan.num_in else plan
 
 
 def _by_site(recipes: Sequence[Recipe], stage: Any, sites: dict[Any, Site]) -> dict[Any, Any]:
@@ -426,13 +472,5 @@ def _by_site(recipes: Sequence[Recipe], stage: Any, sites: dict[Any, Site]) -> d
 
 
 def _mean_tokens(groups: Sequence[TokenGroup]) -> float:
-    samples = sum(group.batch for group in groups)
-    return sum(group.batch * group.num for group in groups) / samples
-
-
-def _part(stats: CallStatistics, group: TokenGroup) -> CallStatistics:
-    """The statistics of one sample out of a packed call."""
-    names = ("q", "k", "v", "lse")
-    tensors = {name: group.view(getattr(stats, name), True, axis=2) for name in names}
-    bias = None if stats.key_bias is None else group.view(stats.key_bias, True)
-    return replace(stats, **tensors, key_bias=bias)
+    lengths = [num for group in groups for num in group.lengths]
+    return sum(lengths) / len(lengths)

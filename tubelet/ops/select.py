@@ -70,7 +70,9 @@ def top_p(score: Float[Tensor, "*batch n"], mass: float) -> Bool[Tensor, "*batch
     return torch.where(total > 0, kept, torch.ones_like(kept))
 
 
-def cdf_sample(score: Float[Tensor, "*batch n"], samples: int) -> Bool[Tensor, "*batch n"]:
+def cdf_sample(
+    score: Float[Tensor, "*batch n"], samples: int, valid: Bool[Tensor, "*batch n"] | None = None
+) -> Bool[Tensor, "*batch n"]:
     """Inverse-transform sampling at evenly spaced levels of the cumulative score.
 
     Scores are sorted in ascending order; their cumulative sum, min-max scaled, is the CDF. Each
@@ -79,9 +81,10 @@ def cdf_sample(score: Float[Tensor, "*batch n"], samples: int) -> Bool[Tensor, "
     Args:
         score: Non-negative significance. Any scale.
         samples: Levels, >= 1, from the smallest non-zero CDF value up to 1.
+        valid: Entries that take part, at least one per row; None for all.
 
     Returns:
-        True where kept: between 1 and min(samples, n) entries per row.
+        True where kept: between 1 and min(samples, n) valid entries per row.
 
     Raises:
         ShapeError: `samples` is below 1.
@@ -95,10 +98,12 @@ def cdf_sample(score: Float[Tensor, "*batch n"], samples: int) -> Bool[Tensor, "
     """
     if samples < 1:
         raise ShapeError(f"cdf_sample needs at least one sample, got {samples}")
-    wide = score.double()
+    gone = torch.zeros_like(score, dtype=torch.bool) if valid is None else ~valid
+    wide = score.double().masked_fill(gone, 0)
     wide = torch.where(wide.sum(-1, keepdim=True) > 0, wide, torch.ones_like(wide))
-    order = torch.argsort(wide, dim=-1, stable=True)
-    cdf = wide.gather(-1, order).cumsum(-1)
+    # What is gone comes last and adds nothing, so that no level reaches it.
+    order = torch.argsort(wide.masked_fill(gone, torch.inf), dim=-1, stable=True)
+    cdf = wide.masked_fill(gone, 0).gather(-1, order).cumsum(-1)
     low, high = cdf[..., :1], cdf[..., -1:]
     flat = high <= low
     cdf = torch.where(flat, torch.ones_like(cdf), (cdf - low) / torch.where(flat, 1.0, high - low))

@@ -64,6 +64,7 @@ class ATS(RaggedReduction):
     identity: ClassVar = {"min_tokens": 2**31}
     requires: ClassVar[frozenset[str]] = frozenset({"any subset", "class token"})
     statistics: ClassVar[frozenset[str]] = frozenset({"rows"})
+    takes_padding: ClassVar[bool] = True
 
     first_layer: int = param(3, "first layer that samples, 0-based", least=0)
     samples: float = param(
@@ -80,7 +81,8 @@ class ATS(RaggedReduction):
         stats = ctx.statistics()
         row = stats.rows([0])[:, :, 0, ctx.protected :]
         score = class_attention(row, stats.value_norm()[:, :, ctx.protected :])
-        picked = cdf_sample(score, budget(ctx.grid.num_video, self.samples))
+        video = None if ctx.valid is None else ctx.valid[:, ctx.protected :]
+        picked = cdf_sample(score, budget(ctx.grid.num_video, self.samples), video)
         few = picked.sum(1, keepdim=True) < self.min_tokens
         return F.pad(picked | few, (ctx.protected, 0), value=True)
 

@@ -41,8 +41,8 @@ TRAINED = "tubelet-vit"
 """The encoder that jobs with reducers start from."""
 
 QUICK_SHAPE = {"width": 64, "depth": 4, "heads": 1}
-"""An encoder that learns something in a minute on a CPU, with a layer behind the third one, at which
-the learned recipes reduce."""
+"""An encoder that learns something in a minute on a CPU. Learned recipes reduce at the third layer,
+so it needs a fourth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,9 +230,7 @@ def _encoder(
     return EncoderObjective(model, tasks=tasks, corrupt=corrupt, **options)
 
 
-def _encoder_config(
-    setup: Setup, tasks: tuple[str, ...], shape: dict[str, int]
-) -> VideoViTConfig:
+def _encoder_config(setup: Setup, tasks: tuple[str, ...], shape: dict[str, int]) -> VideoViTConfig:
     classes = {n: TASKS[n].classes for n in tasks if n != "mask"}
     dense = tuple(n for n in tasks if n == "mask")
     size = 64 if setup.size is None else setup.size
