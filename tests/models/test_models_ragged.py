@@ -282,3 +282,10 @@ def test_cdf_sampling_of_padded_rows_equals_that_of_each_row(kind, levels):
     assert not bool(kept[~valid].any())
     for row, mask, length in zip(score, kept, lengths, strict=True):
         assert torch.equal(mask[:length], cdf_sample(row[:length], levels))
+
+
+def test_a_single_sample_stays_unpacked(vivit):
+    with accelerate(vivit, RLT(), SAMPLING) as handle:
+        catalogue.logits(vivit, tiny.clip(1))
+        assert handle.assignment[0].num_out < 65
+        assert not [what for what in handle.report().attention if "packed" in what]

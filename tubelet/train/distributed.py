@@ -106,6 +106,9 @@ def open_world(device: str) -> Iterator[World]:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), place)
+        if joined_here:
+            # Who leaves while another still talks takes that one down.
+            dist.barrier()
     finally:
         if joined_here:
             dist.destroy_process_group()
