@@ -14,7 +14,7 @@ from tubelet.nn.flow import METHODS, generate
 from tubelet.nn.weights import load_weights
 from tubelet.train.clips.sheet import film_strips, tile_clips
 from tubelet.train.detector import detect
-from tubelet.train.world import describe, parse_attributes
+from tubelet.train.world import complete_attributes, describe, parse_attributes
 from tubelet.video import write_video
 
 
@@ -49,7 +49,11 @@ def draw(request: DrawRequest, progress: Progress) -> Drawn:
     Raises:
         TubeletError: Unknown words, model, sampler or device, or a file that cannot be written.
     """
-    wanted = [parse_attributes(prompt) for prompt in request.prompts]
+    # What a prompt leaves open is drawn at random: the model never saw rows with single holes.
+    wanted = [
+        complete_attributes(parse_attributes(prompt)[None], request.seed + number)[0]
+        for number, prompt in enumerate(request.prompts)
+    ]
     device = checked_device(request.device)
     progress("loading the model", 0, 1)
     model = load_weights(request.model, expect="VideoDiT", device=device)
