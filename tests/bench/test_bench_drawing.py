@@ -62,7 +62,10 @@ def sheet(path) -> torch.Tensor:
 def test_a_sheet_shows_what_the_generator_draws_for_each_prompt(model, tmp_path):
     out = tmp_path / "new" / "x.png"
     drawn = draw(DrawRequest(prompts=PROMPTS, model=model, steps=2, seed=4, out=out), quiet)
-    assert drawn.wanted == [*PROMPTS[:2], "ring"]
+    assert drawn.wanted[0] == PROMPTS[0]
+    # What a prompt leaves open is completed.
+    assert all(set(PROMPTS[i].split()) <= set(drawn.wanted[i].split()) for i in (1, 2))
+    assert all(bool((parse_attributes(text) >= 0).all()) for text in drawn.wanted)
     assert len(drawn.found) == 3
     assert drawn.seconds > 0
     assert [path.name for path in out.parent.iterdir()] == ["x.png"]
@@ -70,7 +73,7 @@ def test_a_sheet_shows_what_the_generator_draws_for_each_prompt(model, tmp_path)
     cell = 2 * SIDE + 4
     assert picture.shape == (3, 3 * cell, FRAMES * cell)
     network = load_weights(model)
-    for row, prompt in enumerate(PROMPTS):
+    for row, prompt in enumerate(drawn.wanted):
         asked = parse_attributes(prompt)[None]
         options = {"steps": 2, "guidance": 1.0, "dtype": torch.bfloat16}
         wanted = generate(network, asked, seed=4 + row, **options)[0]
@@ -173,7 +176,8 @@ def test_generate_writes_a_sheet_and_json(run, model, tmp_path):
     assert (code, err) == (0, "")
     told = json.loads(text)
     assert told["out"] == str(out)
-    assert [clip["wanted"] for clip in told["clips"]] == ["red disc moving left"]
+    (wanted,) = [clip["wanted"] for clip in told["clips"]]
+    assert "red disc moving left" in wanted
     assert set(told["clips"][0]) == {"wanted", "found"}
     assert told["seconds"] > 0
     first = out.read_bytes()
