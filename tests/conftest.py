@@ -29,3 +29,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `tubelet ARGS`; returns (exit code, stdout, stderr)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        from tubelet import cli
+
+        monkeypatch.setattr("sys.argv", ["tubelet", *map(str, args)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tubelet import cli
 from tubelet.testing import tiny
 from tubelet.video import write_video
 
@@ -21,23 +20,6 @@ def folder(tmp_path_factory) -> Path:
     settings = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `tubelet ARGS`; returns (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["tubelet", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def _refused(result: tuple[int, str, str], *words: str) -> None:

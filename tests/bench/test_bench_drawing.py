@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from tubelet import cli
 from tubelet.bench.drawing import DrawRequest, draw
 from tubelet.core.errors import ClipError, ModelError, UnsupportedError
 from tubelet.nn.dit import VideoDiT, VideoDiTConfig
@@ -32,23 +31,6 @@ def model(tmp_path_factory) -> str:
             value.add_(torch.randn(value.shape) * 0.2)
     save_weights(path, network, record={})
     return str(path)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `tubelet ARGS`; returns (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["tubelet", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def quiet(*told: object) -> None:

@@ -4,26 +4,8 @@ import json
 
 import pytest
 
-from tubelet import cli
 from tubelet.train.clips import TASKS, make_clips
 from tubelet.video import read_clip
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `tubelet ARGS`; returns (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["tubelet", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_a_video_of_several_clips(run, tmp_path):

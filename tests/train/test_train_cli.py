@@ -5,25 +5,7 @@ import json
 import pytest
 import torch
 
-from tubelet import cli
 from tubelet.train.jobs import jobs
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `tubelet ARGS`; returns (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["tubelet", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def options(out, *more: object) -> tuple[object, ...]:

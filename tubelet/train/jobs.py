@@ -1,7 +1,6 @@
 """What `tubelet train` can train, by name, with the settings that the shipped weights had."""
 
 import difflib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,12 +11,12 @@ import torch
 from torch import nn
 
 from tubelet.core.errors import ModelError, RecipeError
-from tubelet.core.recipe import Recipe
+from tubelet.core.recipe import LearnedReduction, Recipe
 from tubelet.nn.dit import VideoDiT, VideoDiTConfig
 from tubelet.nn.reducers import Reducers, ReducersConfig
 from tubelet.nn.vit import VideoViT, VideoViTConfig
 from tubelet.nn.weights import load_weights, read_card, save_weights
-from tubelet.recipes import learned
+from tubelet.recipes import catalogue
 from tubelet.train.clips import TASKS
 from tubelet.train.objectives import (
     DiffusionObjective,
@@ -179,13 +178,7 @@ def jobs() -> dict[str, Job]:
 
 def learned_recipes() -> dict[str, type[Recipe]]:
     """The recipes that need a trained module, by name."""
-    members = inspect.getmembers(learned, inspect.isclass)
-    return {
-        name: cls
-        for name, cls in members
-        if cls.__module__ == learned.__name__ and not inspect.isabstract(cls)
-        if issubclass(cls, Recipe)
-    }
+    return {name: cls for name, cls in catalogue().items() if issubclass(cls, LearnedReduction)}
 
 
 LEARNED = tuple(learned_recipes())
@@ -208,13 +201,9 @@ def save(entry: Job, model: nn.Module, out: Path, record: dict[str, Any]) -> lis
     parts = save_weights(
         out / attached, reducers, record=record, summary=f"modules of {', '.join(reducers.names)}"
     )
-    del model.reducers
-    try:
-        whole = save_weights(
-            out / entry.weights, model, record=record, summary=entry.summary, attach=attached
-        )
-    finally:
-        model.reducers = reducers
+    whole = save_weights(
+        out / entry.weights, model, record=record, summary=entry.summary, attach=attached
+    )
     return [whole, parts]
 
 

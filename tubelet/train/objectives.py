@@ -227,11 +227,9 @@ class ElasticObjective(EncoderObjective):
         """Task losses and divergence from the teacher under the recipe of this step."""
         recipe = self.draw(step)
         if recipe is None:
-            losses, metrics = self._task_losses(batch, step)
-            return torch.stack(losses).mean(), metrics
+            return super().loss(batch, step, generator)
         with accelerate(self.model, recipe):
-            losses, metrics = self._task_losses(batch, step)
-        total = torch.stack(losses).mean()
+            total, metrics = super().loss(batch, step, generator)
         return total + self.model.reducers.penalty(), metrics
 
     def _answer(self, clips: ClipBatch, tokens: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
