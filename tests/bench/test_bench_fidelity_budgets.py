@@ -23,7 +23,9 @@ from tubelet.nn.vit import VideoViT, VideoViTConfig
 @pytest.fixture(scope="module")
 def host() -> Host:
     torch.manual_seed(0)
-    model = VideoViT(VideoViTConfig(width=16, depth=12, heads=2)).eval()
+    model = VideoViT(VideoViTConfig(width=16, depth=12, heads=2))
+    model.reducers = build_reducers(16, heads=2, max_slots=128)
+    model.eval()
     return Host(name="tiny", role="dense", model=model, checksum="0")
 
 
@@ -119,6 +121,13 @@ def test_recipes_that_a_model_cannot_run_become_notes() -> None:
     )
     assert "ATS" not in {v.family for v in variants}
     assert any("ATS 0.5 was not run" in note and "class token" in note for note in notes)
+
+
+def test_trained_recipes_reduce_earlier_for_small_budgets(geometry) -> None:
+    at = {keep: at_budget("HoT", keep, geometry) for keep in (0.5, 0.35, 0.25)}
+    assert [recipe.layer for recipe in at.values()] == [2, 1, 0]
+    assert at[0.25].keep_ratio == pytest.approx(2 / 11)
+    assert isinstance(at_budget("HoT", 0.1, geometry), OutOfReach)
 
 
 def test_every_named_recipe_has_a_rule() -> None:

@@ -29,6 +29,7 @@ from tubelet.recipes import (
     UniformPool,
 )
 from tubelet.recipes import catalogue as all_recipes
+from tubelet.recipes.learned import at_layer
 from tubelet.testing import catalogue, tiny, tolerances
 
 MODULES = {
@@ -63,6 +64,13 @@ def encoder(model):
 
 
 # All
+
+
+def test_at_layer_reduces_once_there():
+    assert at_layer("GumbelKeep", 1, 0.3) == GumbelKeep(keep_ratio=0.3, layers=(1,))
+    assert at_layer("HoT", 0, 0.3) == HoT(keep_ratio=0.3, layer=0)
+    with pytest.raises(RecipeError, match=r"no learned recipe 'ToMe'; known: .*GumbelKeep"):
+        at_layer("ToMe", 0, 0.3)
 
 
 def test_every_learned_recipe_asks_for_a_module_that_exists():

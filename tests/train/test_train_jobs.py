@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tubelet.core.errors import ModelError, RecipeError
+from tubelet.core.errors import ModelError
 from tubelet.core.recipe import LearnedReduction
 from tubelet.models.accelerate import accelerate
 from tubelet.nn.dit import VideoDiT, VideoDiTConfig
@@ -13,6 +13,7 @@ from tubelet.nn.reducers import build_reducers
 from tubelet.nn.vit import VideoViT, VideoViTConfig
 from tubelet.nn.weights import load_weights, read_card, save_weights
 from tubelet.recipes import GumbelKeep
+from tubelet.recipes.learned import LEARNED_KEEPS, LEARNED_LAYERS, learned_recipes
 from tubelet.train.clips import TASKS
 from tubelet.train.jobs import (
     ENCODER_TASKS,
@@ -21,10 +22,8 @@ from tubelet.train.jobs import (
     TRAINED,
     Job,
     Setup,
-    at_keep_ratio,
     job,
     jobs,
-    learned_recipes,
     save,
 )
 from tubelet.train.objectives import DiffusionObjective, ElasticObjective, shuffled, single_frame
@@ -68,9 +67,6 @@ def test_every_learned_reduction_can_be_trained():
     final = [c for c in vars(family).values() if isinstance(c, type) and "identity" in vars(c)]
     assert set(learned_recipes().values()) == {c for c in final if issubclass(c, LearnedReduction)}
     assert len(LEARNED) == 6
-    assert at_keep_ratio("GumbelKeep", 0.3) == GumbelKeep(keep_ratio=0.3)
-    with pytest.raises(RecipeError, match=r"no learned recipe 'ToMe'; known: .*GumbelKeep"):
-        at_keep_ratio("ToMe", 0.3)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +122,10 @@ def test_the_elastic_job_draws_every_learned_recipe():
     made = jobs()["elastic"].build(setup())
     drawn = {type(made.draw(step)).__name__ for step in range(200)}
     assert drawn == {*LEARNED, "NoneType"}
+    recipes = [recipe for step in range(200) if (recipe := made.draw(step)) is not None]
+    layers = {getattr(r, "layer", None) or getattr(r, "layers", (0,))[0] for r in recipes}
+    assert layers == set(LEARNED_LAYERS)
+    assert all(LEARNED_KEEPS[0] <= r.keep_ratio <= LEARNED_KEEPS[1] for r in recipes)
     # A teacher with random weights has nothing to teach.
     assert made.distil == 0
 

@@ -1,6 +1,5 @@
 """The main job: one clip, one model, several recipes, a folder with the report."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,15 @@ from tubelet.bench.fidelity.budgets import Geometry, OutOfReach, at_budget
 from tubelet.bench.pictures import strips
 from tubelet.bench.result import Comparison
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.errors import TubeletError
+from tubelet.core.files import check_folder
 from tubelet.core.grid import TokenGrid
 from tubelet.core.recipe import Recipe
 from tubelet.models.catalogue import adapter_for
 from tubelet.models.encoder import EncoderAdapter
 from tubelet.models.load import checked_device, load_model
 from tubelet.recipes import parse
+
+FILES = ("report.json", "report.html")
 
 DEFAULT_RECIPES = ("VidTLDR", "EVAD", "RLT", "UniformPool", "RandomDrop")
 """What runs when no recipe is named: the authors' defaults, after ToMe at half of the tokens."""
@@ -50,7 +51,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
         TubeletError: Wrong clip, model, recipe, device or folder; nothing is written then.
     """
     combinations = [_combination(text) for text in request.recipes]
-    _check_folder(request.out)
+    check_folder(request.out, FILES)
     device = checked_device(request.device)
     progress("loading the model", 0, 1)
     _hush_transformers()
@@ -103,21 +104,6 @@ def _combination(text: str) -> list[Recipe]:
         else:
             parts[-1] += letter
     return [parse(part) for part in parts]
-
-
-def _check_folder(out: Path) -> None:
-    """Raise unless files can be written there; a folder made for the test is removed again."""
-    try:
-        existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-        for name in ("report.json", "report.html"):
-            if (out / name).is_dir():
-                raise IsADirectoryError(0, f"{name} is a folder")
-        if not existing.is_dir():
-            raise NotADirectoryError(0, "it is not a folder")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise TubeletError(f"cannot write to {out}: {error.strerror or error}") from None
 
 
 def _hush_transformers() -> None:

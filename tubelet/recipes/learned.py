@@ -4,9 +4,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tubelet.core.context import Site, TokenContext
+from tubelet.core.errors import RecipeError
 from tubelet.core.learned import LearnedPlan
 from tubelet.core.recipe import LearnedReduction, Paper, param
 from tubelet.ops.select import budget
+
+LEARNED_LAYERS = (0, 1, 2)
+"""Layers that the shipped reducers were trained to act at."""
+
+LEARNED_KEEPS = (0.05, 0.75)
+"""Range of the keep ratios that they were trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +184,30 @@ class HoT(LearnedReduction):
 
     def transform(self, ctx: TokenContext) -> LearnedPlan | None:
         return _transformed(ctx, "hot", self.keep_ratio, recover=self.recover)
+
+
+def learned_recipes() -> dict[str, type[LearnedReduction]]:
+    """The recipes of this file, by name."""
+    final = (cls for cls in globals().values() if isinstance(cls, type))
+    return {
+        cls.__name__: cls
+        for cls in final
+        if issubclass(cls, LearnedReduction) and cls is not LearnedReduction
+    }
+
+
+def at_layer(name: str, layer: int, keep_ratio: float) -> LearnedReduction:
+    """A learned recipe by name that reduces once, at that layer.
+
+    Raises:
+        RecipeError: No learned recipe of that name.
+    """
+    recipes = learned_recipes()
+    if name not in recipes:
+        raise RecipeError(f"no learned recipe {name!r}; known: {', '.join(recipes)}")
+    fields: dict[str, Any] = {"keep_ratio": keep_ratio}
+    fields |= {"layers": (layer,)} if name == "GumbelKeep" else {"layer": layer}
+    return recipes[name](**fields)
 
 
 def _transformed(

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tubelet.core.errors import ModelError, RecipeError
-from tubelet.core.recipe import LearnedReduction, Recipe
+from tubelet.core.errors import ModelError
 from tubelet.nn.dit import VideoDiT, VideoDiTConfig
 from tubelet.nn.reducers import Reducers, ReducersConfig
 from tubelet.nn.vit import VideoViT, VideoViTConfig
 from tubelet.nn.weights import load_weights, read_card, save_weights
-from tubelet.recipes import catalogue
+from tubelet.recipes.learned import at_layer, learned_recipes
 from tubelet.train.clips import TASKS
 from tubelet.train.objectives import (
     DiffusionObjective,
@@ -36,12 +35,14 @@ ENCODER_TASKS = (
     "mask",
 )
 
+LEARNED = tuple(learned_recipes())
+
 TRAINED = "tubelet-vit"
 """The encoder that jobs with reducers start from."""
 
 QUICK_SHAPE = {"width": 64, "depth": 4, "heads": 1}
-"""An encoder that learns something in a minute on a CPU. Learned recipes reduce at the third layer,
-so it needs a fourth."""
+"""An encoder that learns something in a minute on a CPU. Learned recipes reduce at up to the third
+layer, so it needs a fourth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,22 +177,6 @@ def jobs() -> dict[str, Job]:
     return {entry.name: entry for entry in listed}
 
 
-def learned_recipes() -> dict[str, type[Recipe]]:
-    """The recipes that need a trained module, by name."""
-    return {name: cls for name, cls in catalogue().items() if issubclass(cls, LearnedReduction)}
-
-
-LEARNED = tuple(learned_recipes())
-
-
-def at_keep_ratio(name: str, ratio: float) -> Recipe:
-    """A learned recipe by name at a keep ratio."""
-    recipes = learned_recipes()
-    if name not in recipes:
-        raise RecipeError(f"no learned recipe {name!r}; known: {', '.join(recipes)}")
-    return recipes[name](keep_ratio=ratio)  # pyright: ignore[reportCallIssue]
-
-
 def save(entry: Job, model: nn.Module, out: Path, record: dict[str, Any]) -> list[Path]:
     """Write the weights of a finished job; trained reducers get a file of their own."""
     reducers = getattr(model, "reducers", None)
@@ -242,7 +227,7 @@ def _elastic(setup: Setup, names: tuple[str, ...] = LEARNED) -> ElasticObjective
             torch.manual_seed(setup.seed)
             model.reducers = Reducers(ReducersConfig(width=config.width, heads=config.heads))
         model.reducers.to(setup.device)
-    recipes = [partial(at_keep_ratio, name) for name in names]
+    recipes = [partial(at_layer, name) for name in names]
     options = _options(setup, setup.size or config.size[0])
     objective = ElasticObjective(
         model.train(), recipes=recipes, tasks=config.task_names, distil=distil, **options

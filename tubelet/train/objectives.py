@@ -19,6 +19,7 @@ from tubelet.nn.dit import VideoDiT
 from tubelet.nn.flow import SHIFT, generate, training_loss
 from tubelet.nn.vit import VideoViT
 from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD
+from tubelet.recipes.learned import LEARNED_KEEPS, LEARNED_LAYERS
 from tubelet.train.clips import TEST_SEED, ClipBatch, make_clips
 from tubelet.train.clips.scenes import GLYPH_FRAMES
 from tubelet.train.detector import detect
@@ -179,7 +180,8 @@ class ElasticObjective(EncoderObjective):
 
     Args:
         model: A trained encoder with `reducers`.
-        recipes: Called with a keep ratio; one of them is drawn per step.
+        recipes: Called with a layer and a keep ratio; one of them is drawn per step.
+        layers: The layer that reduces is drawn from these.
         keep_ratios: Range that the keep ratio is drawn from, log-uniformly.
         dense_share: Share of the steps without any recipe, so that the dense model stays good.
         distil: Weight of the divergence.
@@ -190,17 +192,20 @@ class ElasticObjective(EncoderObjective):
         self,
         model: VideoViT,
         *,
-        recipes: Sequence[Callable[[float], Recipe]],
-        keep_ratios: tuple[float, float] = (0.1, 0.75),
+        recipes: Sequence[Callable[[int, float], Recipe]],
+        layers: Sequence[int] = LEARNED_LAYERS,
+        keep_ratios: tuple[float, float] = LEARNED_KEEPS,
         dense_share: float = 0.1,
         distil: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self.recipes, self.keep_ratios = tuple(recipes), keep_ratios
+        self.recipes, self.layers = tuple(recipes), tuple(layers)
+        self.keep_ratios = keep_ratios
         self.dense_share, self.distil = dense_share, distil
         self.identity |= {
-            "recipes": [str(recipe(keep_ratios[0])) for recipe in self.recipes],
+            "recipes": [str(recipe(self.layers[0], keep_ratios[0])) for recipe in self.recipes],
+            "layers": list(self.layers),
             "keep_ratios": list(keep_ratios),
             "dense_share": dense_share,
             "distil": distil,
@@ -214,12 +219,13 @@ class ElasticObjective(EncoderObjective):
 
     def draw(self, step: int) -> Recipe | None:
         """The recipe of a step; None is dense. The same for every process."""
-        chance = torch.rand(3, generator=torch.Generator().manual_seed(step)).tolist()
+        chance = torch.rand(4, generator=torch.Generator().manual_seed(step)).tolist()
         if chance[0] < self.dense_share:
             return None
         low, high = (math.log(ratio) for ratio in self.keep_ratios)
         ratio = math.exp(low + (high - low) * chance[1])
-        return self.recipes[int(chance[2] * len(self.recipes))](ratio)
+        layer = self.layers[int(chance[3] * len(self.layers))]
+        return self.recipes[int(chance[2] * len(self.recipes))](layer, ratio)
 
     def loss(
         self, batch: list[ClipBatch], step: int, generator: torch.Generator

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from tubelet.core.errors import RecipeError
@@ -17,6 +17,7 @@ from tubelet.core.recipe import Recipe
 from tubelet.ops.merge import pooled_shape
 from tubelet.ops.select import budget
 from tubelet.recipes import catalogue
+from tubelet.recipes.learned import LEARNED_KEEPS, LEARNED_LAYERS, at_layer, learned_recipes
 
 KEEPS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 """Shares of the dense tokens that the protocol asks for."""
@@ -240,6 +241,19 @@ def _pool(keep: float, geometry: Geometry) -> Recipe | OutOfReach:
     return _make("UniformPool", factor=factor)
 
 
+def _learned(name: str, keep: float, geometry: Geometry) -> Recipe | OutOfReach:
+    """The last layer that does not have to keep much less than the budget afterwards.
+
+    A later layer sees more before it chooses, but an extreme keep ratio costs more than that.
+    """
+    layers = geometry.layers
+    for layer in sorted(LEARNED_LAYERS, reverse=True):
+        ratio = (keep * layers - layer - 1) / max(layers - layer - 1, 1)
+        if ratio >= max(keep / 2, LEARNED_KEEPS[0]):
+            return at_layer(name, layer, min(ratio, 1.0))
+    return OutOfReach(f"{name} was not trained to keep so little as a budget of {keep:g} needs")
+
+
 def thresholds(count: int) -> tuple[float, ...]:
     """`count` of RLT's thresholds, evenly over the sweep."""
     if count >= len(THRESHOLDS):
@@ -255,5 +269,6 @@ SOLVERS: dict[str, Callable[[float, Geometry], Recipe | OutOfReach]] = {
     "VidTLDR": _vid_tldr,
     "EVAD": _evad,
     "ATS": _ats,
+    **{name: partial(_learned, name) for name in learned_recipes()},
 }
 """Recipes that are set by a budget."""

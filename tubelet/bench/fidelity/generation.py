@@ -19,10 +19,11 @@ from tubelet.bench.compare import Progress
 from tubelet.bench.environment import environment
 from tubelet.bench.fidelity.generation_result import FILES, Generation, Outcome, label_of
 from tubelet.bench.fidelity.generation_tables import write_generation
-from tubelet.bench.fidelity.run import PATIENCE, check_folder, in_words
+from tubelet.bench.fidelity.run import PATIENCE, in_words
 from tubelet.bench.measure import seconds
 from tubelet.bench.quality import fidelity
 from tubelet.core.errors import TubeletError
+from tubelet.core.files import check_folder
 from tubelet.core.recipe import Recipe
 from tubelet.kernels.attention import attention
 from tubelet.models.accelerate import accelerate

@@ -1,7 +1,6 @@
 """`tubelet bench fidelity`: check everything, then measure cell by cell."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from tubelet.bench.fidelity.variants import (
 )
 from tubelet.bench.measure import seconds
 from tubelet.core.errors import TubeletError, UnsupportedError
-from tubelet.core.files import write_whole
+from tubelet.core.files import check_folder, write_whole
 from tubelet.models.load import checked_device
 from tubelet.nn.weights import shipped
 from tubelet.train.clips import BACKGROUNDS, CORE_TASKS, TASKS, TEST_SEED, make_clips
@@ -221,21 +220,6 @@ def _companions(request: Request) -> list[tuple[str, Role]]:
     return found if trained is None else [*found, (trained, "trained")]
 
 
-def check_folder(out: Path, names: Sequence[str]) -> None:
-    """Raise unless files of these names can be written there."""
-    try:
-        existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(0, "it is not a folder")
-        for name in names:
-            if (out / name).is_dir():
-                raise IsADirectoryError(0, f"{name} is a folder")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise TubeletError(f"cannot write to {out}: {error.strerror or error}") from None
-
-
 def _about(host: Host) -> dict[str, Any]:
     parameters = sum(weight.numel() for weight in host.model.parameters())
     return {
@@ -291,7 +275,7 @@ class _Bench:
     ) -> None:
         self.request, self.hosts, self.variants, self.device = request, hosts, variants, device
         self.make, self.progress = make, progress
-        self.batch = 4 * CHUNK if device.type == "cuda" else CHUNK
+        self.batch = 8 * CHUNK if device.type == "cuda" else CHUNK
         self.macs: dict[tuple[str, int], int] = {}
         self.done = 0
         self.total = num_cells * len(variants) * -(-request.clips // self.batch)

@@ -5,7 +5,7 @@ Two regimes are never mixed. "training-free" puts recipes on a dense model that 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from tubelet.bench.fidelity.budgets import Geometry, OutOfReach, at_budget, thresholds
@@ -22,6 +22,7 @@ from tubelet.core.errors import RecipeError, UnsupportedError
 from tubelet.core.recipe import RaggedReduction, Recipe
 from tubelet.models.accelerate import accelerate
 from tubelet.recipes import catalogue
+from tubelet.recipes.learned import learned_recipes
 
 Kind = Literal["dense", "random", "baseline", "small", "oracle", "method", "control"]
 Regime = Literal["training-free", "trained"]
@@ -29,7 +30,7 @@ Regime = Literal["training-free", "trained"]
 METHODS = ("ToMe", "VidTLDR", "EVAD", "ATS", "RLT")
 """Training-free methods that run unless others are named."""
 
-TRAINED = ("GumbelKeep", "TokenSlimming", "LookupViT", "VTM", "STViT", "HoT")
+TRAINED = tuple(learned_recipes())
 """Methods whose modules are trained together with the model."""
 
 Plan = Callable[[Geometry], Recipe | OutOfReach | None]
@@ -212,11 +213,14 @@ def _input_baselines(host: Host, keeps: Sequence[float]) -> list[Variant]:
     return made
 
 
-def _budgeted(name: str, keep: float, host: Host, kind: Kind = "method") -> Variant:
+def _budgeted(
+    name: str, keep: float, host: Host, kind: Kind = "method", regime: Regime = "training-free"
+) -> Variant:
     return Variant(
         name=f"{name} {keep:g}",
         family=name,
         kind=kind,
+        regime=regime,
         host=host,
         keep=keep,
         plan=lambda geometry: at_budget(name, keep, geometry),
@@ -249,23 +253,8 @@ def _trained(host: Host, keeps: Sequence[float], wanted: Sequence[str]) -> list[
         *_references(host, "trained", keeps),
     ]
     for name in TRAINED:
-        recipe = catalogue().get(name)
-        if recipe is None or name not in wanted:
-            continue
-        if "keep_ratio" not in {field.name for field in fields(recipe)}:
-            continue
-        made += [
-            Variant(
-                name=f"{name} {keep:g}",
-                family=name,
-                kind="method",
-                regime="trained",
-                host=host,
-                keep=keep,
-                plan=lambda geometry, r=recipe, k=keep: r(keep_ratio=k),
-            )
-            for keep in keeps
-        ]
+        if name in wanted:
+            made += [_budgeted(name, keep, host, regime="trained") for keep in keeps]
     return made
 
 
