@@ -17,7 +17,8 @@ def temperature(recipe, keys):
     q = torch.randn(1, 2, keys, 8)
     site = Site(name="layer", layer=0, num_layers=1, kind="joint")
     grid = TokenGrid(frames=1, height=1, width=keys)
-    return recipe.plan(AttentionContext(site=site, grid=grid, query=q, key=q)).temperature
+    ctx = AttentionContext(site=site, grid=grid, query=q, key=q, value=q, scale=8**-0.5)
+    return recipe.plan(ctx).temperature
 
 
 def rescaled(model, factor):

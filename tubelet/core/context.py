@@ -138,17 +138,37 @@ class TokenContext:
 class AttentionContext:
     """One attention call.
 
+    Queries and keys are the same tokens, in the order of `grid`. Tokens outside the video (text,
+    class tokens) are exempt: plans compute their rows and columns whole.
+
     Args:
         site: Where.
         grid: Geometry of the original token sequence.
-        query: [B, H, N, D] queries.
-        key: [B, Hkv, N, D] keys.
+        query: [B, H, N, D] queries, positions applied.
+        key: [B, Hkv, N, D] keys, positions applied.
+        value: [B, Hkv, N, D] values.
+        scale: Factor on the logits.
+        num_keys: Leading tokens that are real; those behind them are padding, which no query may
+            attend to. None when all are.
+        step: Denoising step of the run and guidance branch; None outside of a generator.
+        state: Kept from step to step by this recipe at this site in this branch; empty when a
+            run begins.
     """
 
     site: Site
     grid: TokenGrid
     query: Float[Tensor, "b h n d"]
     key: Float[Tensor, "b g m d"]
+    value: Float[Tensor, "b g m e"]
+    scale: float
+    num_keys: int | None = None
+    step: "StepContext | None" = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> int:
+        """Tokens that may be attended to."""
+        return self.key.shape[2] if self.num_keys is None else self.num_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +177,10 @@ class StepContext:
 
     Args:
         step: Index of the step, 0-based.
-        num_steps: Steps of the run.
+        num_steps: Steps of the run; None where the host does not tell.
         branch: Guidance branch, such as "cond" or "uncond".
     """
 
     step: int
-    num_steps: int
+    num_steps: int | None = None
     branch: str = "cond"

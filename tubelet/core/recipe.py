@@ -6,6 +6,8 @@
     │   ├── RaggedReduction    TokenContext -> mask, as many tokens as the input needs
     │   └── LearnedReduction   TokenContext -> LearnedPlan, new tokens from a trained module
     ├── SparseAttention        AttentionContext -> AttentionPlan
+    ├── AttentionReuse         when an earlier plan serves again
+    ├── AttentionCompensation  AttentionPlan -> AttentionPlan with terms for what is left out
     ├── AttentionQuantization  precision of the attention product
     ├── StepCache              StepContext -> Action
     └── KVPolicy               what a key-value cache keeps
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import AttentionContext, Site, StepContext, TokenContext
-from tubelet.core.errors import RecipeError
+from tubelet.core.errors import RecipeError, UnsupportedError
 from tubelet.core.learned import LearnedPlan
 from tubelet.core.plan import AttentionPlan
 
@@ -186,13 +188,69 @@ class LearnedReduction(TokenRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttention(Recipe):
-    """Decides how one attention call is computed."""
+    """Decides how one attention call is computed.
+
+    Video policies act on joint attention, and leave the first layers and the first denoising
+    steps of a run dense. Warm-up in steps means nothing to hosts that do not denoise.
+    """
 
     stage: ClassVar[str] = "attention"
+    requires: ClassVar[frozenset[str]] = frozenset({"attention", "grid"})
+
+    dense_layers: int = param(0, "first layers that stay dense", least=0)
+    dense_steps: float = param(
+        0.0, "share of the denoising steps, from the first, that stay dense", least=0, most=1
+    )
+
+    def acts_on(self, site: Site) -> bool:
+        return site.kind == "joint" and site.layer >= self.dense_layers
+
+    def warming_up(self, step: StepContext | None) -> bool:
+        """Whether this step stays dense.
+
+        Raises:
+            UnsupportedError: `dense_steps` is a share and the host does not tell how many steps
+                a run has.
+        """
+        if step is None or self.dense_steps == 0:
+            return False
+        if step.num_steps is None:
+            raise UnsupportedError(
+                f"{self.name}.dense_steps={self.dense_steps:g} is a share of the steps, but this "
+                "host does not tell how many there are; give accelerate(..., num_steps=)"
+            )
+        return step.step < round(self.dense_steps * step.num_steps)
 
     @abstractmethod
     def plan(self, ctx: AttentionContext) -> AttentionPlan:
         """The plan for this call; the empty plan is dense attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionReuse(Recipe):
+    """Decides when the plan of an earlier step serves again; goes with a SparseAttention."""
+
+    stage: ClassVar[str] = "attention reuse"
+    requires: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    @abstractmethod
+    def reuses(self, ctx: AttentionContext) -> bool:
+        """Whether the last plan of this site and branch serves this call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCompensation(Recipe):
+    """Adds terms to a sparse plan that make up for what it leaves out."""
+
+    stage: ClassVar[str] = "attention compensation"
+    requires: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    @abstractmethod
+    def compensate(self, ctx: AttentionContext, plan: AttentionPlan) -> AttentionPlan:
+        """The plan with terms added; returned unchanged where nothing is to be done."""
+
+    def observe(self, ctx: AttentionContext, plan: AttentionPlan, out: Tensor, lse: Tensor) -> None:
+        """See the result [B, H, N, D] and log-sum-exp of a call, dense ones included."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -378,11 +378,18 @@ class EncoderRuntime:
     ) -> tuple[Tensor, CallStatistics]:
         assert self.grid is not None
         plan = AttentionPlan()
-        if attender is not None:
-            plan = attender.plan(
-                AttentionContext(site=self.sites[key], grid=self.grid, query=part[0], key=part[1])
-            )
         q, k, v = part
+        if attender is not None:
+            if "grid" in attender.requires and q.shape[2] != self.grid.num_tokens:
+                raise UnsupportedError(
+                    f"{attender} needs all {self.grid.num_tokens} tokens of the grid, but a token "
+                    f"recipe left {q.shape[2]}; give it earlier layers"
+                )
+            plan = attender.plan(
+                AttentionContext(
+                    site=self.sites[key], grid=self.grid, query=q, key=k, value=v, scale=scale
+                )
+            )
         impl = choose(q, k, v, plan)
         what = impl + why
         if attender is not None and not plan.is_dense:

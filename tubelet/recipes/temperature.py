@@ -30,7 +30,8 @@ class TempScale(SparseAttention):
     )
 
     def acts_on(self, site: Site) -> bool:
-        return site.kind in ("joint", "temporal", "spatial")
+        kinds = ("joint", "temporal", "spatial")
+        return site.kind in kinds and site.layer >= self.dense_layers
 
     def plan(self, ctx: AttentionContext) -> AttentionPlan:
         if self.trained_tokens is None:
