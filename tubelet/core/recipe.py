@@ -203,6 +203,7 @@ class SparseAttention(Recipe):
     )
 
     def acts_on(self, site: Site) -> bool:
+        """Joint attention behind the dense layers."""
         return site.kind == "joint" and site.layer >= self.dense_layers
 
     def warming_up(self, step: StepContext | None) -> bool:
