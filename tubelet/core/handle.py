@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,6 +55,39 @@ class ModelAdapter(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """How attention recipes are carried out.
+
+    Args:
+        impl: Implementation of the attention calls; see `tubelet.kernels.attention`. A named one
+            is never replaced by another.
+        verify: Query blocks of each call that are recomputed densely to measure the error; 0 is
+            off. It costs about this many rows of blocks per call.
+        max_error: Relative error of a call, measured by `verify`, beyond which the call is done
+            again densely and counted; None only measures.
+        num_steps: Denoising steps of a run, for hosts that do not tell.
+
+    Raises:
+        UnsupportedError: A number is out of range, or `max_error` without `verify`.
+    """
+
+    impl: str = "auto"
+    verify: int = 0
+    max_error: float | None = None
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.verify < 0:
+            raise UnsupportedError(f"verify must be a number of query blocks, got {self.verify}")
+        if self.max_error is not None and not self.max_error > 0:
+            raise UnsupportedError(f"max_error must be positive, got {self.max_error}")
+        if self.max_error is not None and self.verify == 0:
+            raise UnsupportedError("max_error needs verify: a number of query blocks to measure")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise UnsupportedError(f"num_steps must be at least 1, got {self.num_steps}")
+
+
 class Handle:
     """A model with recipes on it. Also a context manager that removes them at the end.
 
@@ -63,7 +97,14 @@ class Handle:
         >>> print(handle.report())
     """
 
-    def __init__(self, model: Any, recipes: Sequence[Recipe], num_layers: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        recipes: Sequence[Recipe],
+        num_layers: int = 0,
+        options: AttentionOptions | None = None,
+    ) -> None:
+        self.options = options or AttentionOptions()
         self._undo: list[Callable[[], object]] = []
         self._report = Report(type(model).__name__, tuple(str(recipe) for recipe in recipes))
         self._recipes = tuple(recipes)

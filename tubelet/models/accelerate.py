@@ -9,7 +9,7 @@ from tubelet.core.errors import (
     RecipeError,
     UnsupportedError,
 )
-from tubelet.core.handle import Handle, ModelAdapter
+from tubelet.core.handle import AttentionOptions, Handle, ModelAdapter
 from tubelet.core.recipe import Recipe
 from tubelet.core.saved import SavedPlan
 from tubelet.models.catalogue import adapter_for, refusal
@@ -19,7 +19,14 @@ _MARK = "_tubelet_handle"
 """Attribute of an accelerated model that holds its handle."""
 
 
-def accelerate(model: Any, *recipes: Recipe | SavedPlan) -> Handle:
+def accelerate(
+    model: Any,
+    *recipes: Recipe | SavedPlan,
+    impl: str = "auto",
+    verify: int = 0,
+    max_error: float | None = None,
+    num_steps: int | None = None,
+) -> Handle:
     """Put recipes on a model until the handle is removed.
 
     The model is changed in place by hooks and setters, and `handle.remove()` (or leaving the
@@ -30,6 +37,7 @@ def accelerate(model: Any, *recipes: Recipe | SavedPlan) -> Handle:
         model: A supported model in eval mode; see `tubelet models`.
         recipes: One or more recipes, or a plan from `load_plan`. None at all is allowed only
             where tubelet brings fused attention that the host lacks (TimeSformer).
+        impl, verify, max_error, num_steps: See `tubelet.core.handle.AttentionOptions`.
 
     Returns:
         The handle, also a context manager.
@@ -42,10 +50,11 @@ def accelerate(model: Any, *recipes: Recipe | SavedPlan) -> Handle:
             accelerated already.
         RecipeError: What was given is not a recipe.
     """
+    options = AttentionOptions(impl=impl, verify=verify, max_error=max_error, num_steps=num_steps)
     adapter = adapter_for(model)
     chosen = _unpacked(model, adapter, recipes)
     _check(model, adapter, chosen)
-    handle = Handle(model, chosen, adapter.sites(model)[0].num_layers)
+    handle = Handle(model, chosen, adapter.sites(model)[0].num_layers, options)
     try:
         adapter.install(model, chosen, handle)
     except BaseException:
