@@ -179,6 +179,13 @@ def test_the_elastic_job_starts_from_an_encoder_with_fresh_reducers(encoder):
     assert made.identity["teacher"] == read_card(encoder).sha256
 
 
+def test_elastic_training_that_goes_on_keeps_to_the_encoder_it_began_with():
+    made = jobs()["elastic"].build(setup(init="tubelet-vit-elastic"))
+    assert made.identity["teacher"] == read_card(TRAINED).sha256
+    assert same(made.teacher, load_weights(TRAINED))
+    assert not same(made.model, load_weights(TRAINED))
+
+
 def test_only_jobs_with_reducers_start_from_trained_weights():
     assert {entry.name for entry in jobs().values() if entry.init} == {"elastic", *LEARNED}
     assert {entry.init for entry in jobs().values()} == {None, TRAINED}

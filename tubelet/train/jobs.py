@@ -216,11 +216,11 @@ def _elastic(setup: Setup, names: tuple[str, ...] = LEARNED) -> ElasticObjective
     if setup.init is None and setup.quick:
         model = _start(VideoViT, _encoder_config(setup, ENCODER_TASKS, {}), setup)
         # There is nothing to learn from a teacher with random weights.
-        distil, teacher = 0.0, None
+        distil, name = 0.0, None
     else:
         start = setup.init or TRAINED
         model = load_weights(start, expect="VideoViT").to(setup.device)
-        distil, teacher = 1.0, read_card(start).sha256
+        distil, name = 1.0, _teacher(start)
     config = model.config
     if getattr(model, "reducers", None) is None:
         with torch.random.fork_rng(devices=[]):
@@ -230,11 +230,23 @@ def _elastic(setup: Setup, names: tuple[str, ...] = LEARNED) -> ElasticObjective
     recipes = [partial(at_layer, name) for name in names]
     options = _options(setup, setup.size or config.size[0])
     objective = ElasticObjective(
-        model.train(), recipes=recipes, tasks=config.task_names, distil=distil, **options
+        model.train(),
+        recipes=recipes,
+        tasks=config.task_names,
+        distil=distil,
+        teacher=None if name is None else load_weights(name).to(setup.device),
+        **options,
     )
     # A run that is resumed needs the same teacher, which no checkpoint holds.
-    objective.identity["teacher"] = teacher
+    objective.identity["teacher"] = None if name is None else read_card(name).sha256
     return objective
+
+
+def _teacher(start: str) -> str:
+    """Whose answers are kept to: the start's own, or the shipped encoder's where the start was
+    trained from it and has lost a little already."""
+    card, shipped = read_card(start), read_card(TRAINED)
+    return TRAINED if card.attach is not None and card.config == shipped.config else start
 
 
 def _generator(setup: Setup) -> DiffusionObjective:

@@ -185,6 +185,7 @@ class ElasticObjective(EncoderObjective):
         keep_ratios: Range that the keep ratio is drawn from, log-uniformly.
         dense_share: Share of the steps without any recipe, so that the dense model stays good.
         distil: Weight of the divergence.
+        teacher: The dense model to stay close to; None is `model` as it is now.
         options: As for `EncoderObjective`.
     """
 
@@ -197,6 +198,7 @@ class ElasticObjective(EncoderObjective):
         keep_ratios: tuple[float, float] = LEARNED_KEEPS,
         dense_share: float = 0.1,
         distil: float = 1.0,
+        teacher: VideoViT | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
@@ -210,7 +212,8 @@ class ElasticObjective(EncoderObjective):
             "dense_share": dense_share,
             "distil": distil,
         }
-        self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        dense = copy.deepcopy(model) if teacher is None else teacher
+        self.teacher = dense.eval().requires_grad_(False)
         self._teach: Callable[..., tuple[Tensor, Tensor]] = self.teacher.features
 
     def compile(self) -> None:
