@@ -14,7 +14,8 @@ from typing import Any
 from tubelet.bench.fidelity.generation_result import read_generation
 from tubelet.bench.fidelity.generation_tables import generation_table
 from tubelet.bench.fidelity.result import read_runs
-from tubelet.bench.fidelity.tables import docs_table
+from tubelet.bench.fidelity.summary import average_standings, core_tasks
+from tubelet.bench.fidelity.tables import docs_table, percent
 from tubelet.bench.matrix import methods, support
 from tubelet.nn.weights import load_weights, read_card, shipped
 
@@ -118,6 +119,38 @@ def fidelity() -> str:
     return docs_table(read_runs(RESULTS / "fidelity" / "h200.json")).replace("#### ", "### ")
 
 
+def fidelity_tasks(keep: float = 0.5) -> str:
+    """What every recipe set to half of the tokens does on each task, on still texture."""
+    (run,) = read_runs(RESULTS / "fidelity" / "h200.json")
+    tasks = core_tasks(run, "static")
+    lines = [f"| set to {keep:.0%} | {' | '.join(tasks)} |", "|---|" + "---:|" * len(tasks)]
+    for name, line in run.variants.items():
+        entries = [run.cell(task, "static").entries.get(name) for task in tasks]
+        wanted = line.keep == keep or line.kind in ("dense", "small")
+        if wanted and None not in entries:
+            scores = [f"{float(e.scores.mean()):.1%}".replace("%", "") for e in entries]
+            lines.append(f"| {name} | {' | '.join(scores)} |")
+    return "\n".join(lines)
+
+
+def fidelity_seeds() -> str:
+    """Trained recipes over three training seeds, on the cells that all three were run on."""
+    runs = read_runs(RESULTS / "fidelity" / "h200-seeds.json")
+    cells = [", ".join(core_tasks(runs[0], name)) for name in runs[0].backgrounds]
+    lines = [
+        "| recipe | tokens | " + " | ".join(runs[0].backgrounds) + " |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for share in (0.5, 0.25):
+        rows = [r for r in average_standings(runs, share) if r.regime == "trained"]
+        for family in dict.fromkeys(row.family for row in rows):
+            found = {r.background: percent(r.difference, True) for r in rows if r.family == family}
+            shown = " | ".join(found.get(name, "-") for name in runs[0].backgrounds)
+            lines.append(f"| {family} | {share:.0%} | {shown} |")
+    lines.append("| tasks | | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def generation() -> str:
     """The generator against its dense run."""
     return generation_table(read_generation(RESULTS / "generation" / "h200.json"))
@@ -166,6 +199,8 @@ SECTIONS = {
     "details": details,
     "headline": lambda: figures([HEADLINE]),
     "fidelity": fidelity,
+    "fidelity-tasks": fidelity_tasks,
+    "fidelity-seeds": fidelity_seeds,
     "generation": generation,
     "cards": cards,
     "figures": lambda: figures(sorted(path.stem for path in RESULTS.glob("*.json"))),
@@ -178,7 +213,7 @@ def fill(text: str) -> str:
     def section(match: re.Match[str]) -> str:
         return f"{match[1]}\n{SECTIONS[match[2]]()}\n{match[3]}"
 
-    pattern = r"(<!-- generated: (\w+) -->)\n.*?(<!-- end -->)"
+    pattern = r"(<!-- generated: ([\w-]+) -->)\n.*?(<!-- end -->)"
     return re.sub(pattern, section, text, flags=re.S)
 
 
