@@ -89,8 +89,14 @@ def test_the_matrix_gives_reasons(run) -> None:
 def test_doctor_tells_which_kernels_take_block_lists(run) -> None:
     _, text, _ = run("doctor", "--json")
     found = {line["what"]: line["found"] for line in json.loads(text)}
-    assert found["attention flex on cpu"] == "dense; block lists"
+    floats = "float32, float16, bfloat16"
+    sizes = "block lists of 16, 32, 64, 128 tokens"
+    assert found["attention flex on cpu"] == f"dense in {floats}; {sizes} in {floats}"
+    assert found["attention cpu on cpu"].endswith(f"{sizes} in every dtype")
     assert "no block lists" in found["attention sdpa on cpu"]
+    assert found["attention on cpu"] == (
+        "dense: sdpa, flex, reference; block lists: cpu, flex, reference"
+    )
 
 
 @pytest.mark.parametrize(

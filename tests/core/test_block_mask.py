@@ -83,6 +83,53 @@ def test_entries_past_the_counts_are_ignored(table, garbage):
     assert torch.equal(dirty.token_mask(), mask.token_mask())
 
 
+def shuffled(mask: BlockMask, stale: int) -> BlockMask:
+    """The same lists in random order, with `stale` past their ends."""
+    live = torch.arange(mask.indices.shape[3]) < mask.counts[..., None]
+    order = torch.where(live, torch.rand(mask.indices.shape), 2.0).argsort(-1)
+    indices = mask.indices.gather(3, order).masked_fill(~live, stale)
+    sizes = {"num_queries": mask.num_queries, "num_keys": mask.num_keys}
+    return BlockMask(counts=mask.counts, indices=indices, block=mask.block, **sizes)
+
+
+@SETTINGS
+@given(tables(), st.integers(1, 3), st.integers(1, 3), st.integers(-(2**31), 2**31 - 1))
+def test_splitting_keeps_the_token_pairs(table, per_row, per_column, stale):
+    kept, (bq, bk), queries, keys = table
+    large = (bq * per_row, bk * per_column)
+    rows, columns = -(-queries // large[0]), -(-keys // large[1])
+    mask = shuffled(build(kept[..., :rows, :columns], large, queries, keys), stale)
+    small = mask.split((bq, bk))
+    assert small.block == (bq, bk)
+    assert torch.equal(small.token_mask(), mask.token_mask())
+    # Live entries are real blocks, each once.
+    for b, h, row in torch.cartesian_prod(*map(torch.arange, small.counts.shape)).tolist():
+        listed = small.indices[b, h, row, : small.counts[b, h, row]].tolist()
+        assert len(set(listed)) == len(listed)
+        assert all(0 <= j < small.grid[1] for j in listed)
+
+
+@pytest.mark.parametrize("block", [(3, 4), (4, 3), (8, 4), (4, 0)])
+def test_blocks_that_do_not_divide_cannot_be_split(untyped, block):
+    mask = build(torch.ones(1, 1, 2, 3, dtype=torch.bool), (4, 4), 8, 12)
+    with pytest.raises(ShapeError, match=re.escape(f"(4, 4) tokens cannot be split into {block}")):
+        mask.split(block)
+
+
+@SETTINGS
+@given(tables(), st.integers(-(2**31), 2**31 - 1))
+def test_a_ragged_tail_moves_to_the_end_of_its_lists(table, stale):
+    mask = shuffled(build(*table), stale)
+    moved = mask.tail_last()
+    assert torch.equal(moved.to_dense(), table[0])
+    assert torch.equal(moved.counts, mask.counts)
+    if mask.num_keys % mask.block[1]:
+        tail = mask.grid[1] - 1
+        for b, h, row in torch.cartesian_prod(*map(torch.arange, mask.counts.shape)).tolist():
+            listed = moved.indices[b, h, row, : moved.counts[b, h, row]].tolist()
+            assert tail not in listed[:-1]
+
+
 def test_order_and_length_of_a_list_do_not_matter():
     mask = BlockMask(
         counts=torch.tensor([[[2, 0]]], dtype=torch.int32),
@@ -138,7 +185,19 @@ def test_flex_mask_has_the_same_geometry(untyped):
     flex = mask.to_flex()
     assert flex.BLOCK_SIZE == (128, 64)
     assert flex.seq_lengths == (200, 250)
-    assert torch.equal(flex.kv_num_blocks, mask.counts)
+    assert torch.equal(flex.kv_num_blocks + flex.full_kv_num_blocks, mask.counts)
+
+
+def test_flex_asks_about_single_tokens_in_ragged_tails_only(untyped):
+    everything = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    flex = build(everything, (4, 4), 12, 12).to_flex()
+    assert flex.kv_num_blocks.tolist() == [[[0, 0, 0]]]
+    assert flex.full_kv_num_blocks.tolist() == [[[3, 3, 3]]]
+    flex = build(everything, (4, 4), 12, 10).to_flex()
+    assert flex.kv_num_blocks.tolist() == [[[1, 1, 1]]]
+    assert flex.kv_indices[0, 0, :, 0].tolist() == [2, 2, 2]
+    flex = build(everything, (4, 4), 11, 12).to_flex()
+    assert flex.kv_num_blocks.tolist() == [[[0, 0, 3]]]
 
 
 @SETTINGS

@@ -129,11 +129,11 @@ def test_unsuitable_calls_are_refused_or_go_elsewhere():
     )
     with pytest.raises(UnsupportedError, match="multiples of 128"):
         attention(q, k, v, AttentionPlan(mask=small), impl="flex")
-    assert choose(q, k, v, AttentionPlan(mask=small)) == "reference"
+    assert choose(q, k, v, AttentionPlan(mask=small)) == "triton"
     with pytest.raises(UnsupportedError, match="CUDA kernels take no float64"):
         attention(q.double(), k.double(), v.double(), impl="sdpa")
     assert choose(q, k, v) == "sdpa"
-    assert choose(q, k, v, AttentionPlan(mask=block_mask(300, 300))) == "flex"
+    assert choose(q, k, v, AttentionPlan(mask=block_mask(300, 300))) == "triton"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ import torch
 from tubelet.bench.environment import hardware, version_of
 from tubelet.core.block_mask import BlockMask
 from tubelet.core.plan import AttentionPlan
-from tubelet.kernels.attention import IMPLEMENTATIONS, why_not
+from tubelet.kernels.attention import IMPLEMENTATIONS, PREFERENCES, why_not
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,47 @@ def _gpu() -> Finding:
     return Finding("gpu", "none", True, "everything runs on the CPU; kernels for GPUs stay unused")
 
 
+BLOCKS = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
 def _kernels() -> list[Finding]:
     """What each attention implementation takes here, asked of the code that decides."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    findings = []
+    findings = [_preference(device) for device in devices]
     for name in IMPLEMENTATIONS:
         for device in devices:
-            taken = []
-            for what, block in (("dense", None), ("block lists", 128)):
-                reason = _refusal(name, device, block)
-                taken.append(what if reason is None else f"no {what} ({reason})")
+            taken = [_taken(name, device, "dense", None), _taken(name, device, "block lists", 128)]
             findings.append(Finding(f"attention {name} on {device}", "; ".join(taken), True))
     return findings
 
 
-def _refusal(name: str, device: str, block: int | None) -> str | None:
-    q = torch.zeros(1, 1, 256, 64, device=device, dtype=torch.bfloat16)
+def _preference(device: str) -> Finding:
+    """What `impl="auto"` tries, fastest first, of what can run on the device."""
+    orders = []
+    for what, names in PREFERENCES.items():
+        block = 128 if what == "block lists" else None
+        usable = [n for n in names if not _refusal(n, device, block)]
+        orders.append(f"{what}: {', '.join(usable)}")
+    return Finding(f"attention on {device}", "; ".join(orders), True)
+
+
+def _taken(name: str, device: str, what: str, block: int | None) -> str:
+    """Dtypes, and block sizes, of one kind of call; or why there are none."""
+    dtypes = [d for d in DTYPES if _refusal(name, device, block, d) is None]
+    if not dtypes:
+        return f"no {what} ({_refusal(name, device, block)})"
+    found = "every dtype" if len(dtypes) == len(DTYPES) else ", ".join(str(d)[6:] for d in dtypes)
+    if block is None:
+        return f"{what} in {found}"
+    sizes = [size for size in BLOCKS if _refusal(name, device, size, dtypes[-1]) is None]
+    return f"{what} of {', '.join(map(str, sizes))} tokens in {found}"
+
+
+def _refusal(
+    name: str, device: str, block: int | None, dtype: torch.dtype = torch.bfloat16
+) -> str | None:
+    q = torch.zeros(1, 1, 256, 64, device=device, dtype=dtype)
     mask = None
     if block is not None:
         kept = torch.ones(1, 1, 256 // block, 256 // block, dtype=torch.bool)

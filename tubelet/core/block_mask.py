@@ -1,6 +1,6 @@
 """Which (query block, key block) pairs an attention call computes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,12 +80,9 @@ class BlockMask:
 
     def to_dense(self) -> Bool[Tensor, "b h mq mk"]:
         """Boolean table of the computed pairs."""
-        live = (
-            torch.arange(self.indices.shape[3], device=self.counts.device) < self.counts[..., None]
-        )
         # Ignored entries are sent to a spare column, so that stale numbers cannot hit.
         columns = self.grid[1]
-        slots = torch.where(live, self.indices, columns).long()
+        slots = torch.where(self._live(), self.indices, columns).long()
         table = torch.zeros(*self.counts.shape, columns + 1, dtype=torch.bool, device=slots.device)
         return table.scatter(3, slots, True)[..., :columns]
 
@@ -98,24 +95,80 @@ class BlockMask:
     @property
     def density(self) -> float:
         """Share of token pairs computed, in [0, 1]; ragged tails count by their real size."""
-        rows, columns = (self._sizes(axis) for axis in (0, 1))
-        pairs = self.to_dense().double() * rows[:, None] * columns[None, :]
+        rows, (bq, bk) = self.grid[0], self.block
+        sizes = torch.full((rows,), bq, dtype=torch.int64, device=self.counts.device)
+        sizes[-1] = self.num_queries - (rows - 1) * bq
+        keys = self.counts.long() * bk - self._reaches_tail() * (-self.num_keys % bk)
         total = self.counts.shape[0] * self.counts.shape[1] * self.num_queries * self.num_keys
-        return float(pairs.sum() / total)
+        return int((keys * sizes).sum()) / total
+
+    def tail_last(self) -> "BlockMask":
+        """The same mask with a ragged last key block at the end of every list that holds it.
+
+        Kernels that look for the end of the keys in one block only rely on it. Nothing is read
+        back from the device.
+        """
+        if self.num_keys % self.block[1] == 0 or self.indices.shape[3] == 0:
+            return self
+        end = (self.counts.long() - 1).clamp(min=0)[..., None]
+        tails = self._tails()
+        entries = torch.where(tails, self.indices.gather(3, end), self.indices)
+        tail = torch.full_like(entries[..., :1], self.grid[1] - 1)
+        swapped = torch.where(tails.any(-1, keepdim=True), tail, self.indices.gather(3, end))
+        return replace(self, indices=entries.scatter(3, end, swapped))
+
+    def split(self, block: tuple[int, int]) -> "BlockMask":
+        """The same token pairs in smaller blocks; nothing is read back from the device.
+
+        Args:
+            block: (query, key) block sizes in tokens that divide those of this mask.
+
+        Raises:
+            ShapeError: The sizes do not divide.
+        """
+        if block == self.block:
+            return self
+        if min(block) < 1 or self.block[0] % block[0] or self.block[1] % block[1]:
+            raise ShapeError(f"blocks of {self.block} tokens cannot be split into {block}")
+        per_row, per_column = self.block[0] // block[0], self.block[1] // block[1]
+        rows, columns = -(-self.num_queries // block[0]), -(-self.num_keys // block[1])
+        lists = self.tail_last()
+        parts = torch.arange(per_column, dtype=torch.int32, device=self.counts.device)
+        indices = (lists.indices[..., None] * per_column + parts).flatten(3)[..., :columns]
+        # Parts of the ragged tail that would begin behind the last key stand at the list's end.
+        absent = self.grid[1] * per_column - columns
+        counts = self.counts * per_column - self._reaches_tail().int() * absent
+        return BlockMask(
+            counts=counts.repeat_interleave(per_row, dim=2)[:, :, :rows],
+            indices=indices.repeat_interleave(per_row, dim=2)[:, :, :rows],
+            block=block,
+            num_queries=self.num_queries,
+            num_keys=self.num_keys,
+        )
 
     def to_flex(self) -> Any:
-        """The same mask as a torch FlexAttention BlockMask."""
+        """The same mask as a torch FlexAttention BlockMask.
+
+        Only blocks in a ragged tail ask about single tokens; all others are computed whole.
+        """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
         dense, (bq, bk) = self.to_dense(), self.block
         # Factors of 0 send every sample or head to a shared mask.
         batch, head = int(dense.shape[0] > 1), int(dense.shape[1] > 1)
-        lists = BlockMask.from_dense(
-            dense, block=self.block, num_queries=self.num_queries, num_keys=self.num_keys
+        ragged = torch.zeros(self.grid, dtype=torch.bool, device=dense.device)
+        ragged[-1] |= self.num_queries % bq != 0
+        ragged[:, -1] |= self.num_keys % bk != 0
+        sizes = {"num_queries": self.num_queries, "num_keys": self.num_keys}
+        partial, full = (
+            BlockMask.from_dense(dense & part, block=self.block, **sizes)
+            for part in (ragged, ~ragged)
         )
         return FlexBlockMask.from_kv_blocks(
-            lists.counts,
-            lists.indices,
+            partial.counts,
+            partial.indices,
+            full.counts,
+            full.indices,
             BLOCK_SIZE=self.block,
             mask_mod=lambda b, h, q, k: dense[b * batch, h * head, q // bq, k // bk],
             seq_lengths=(self.num_queries, self.num_keys),
@@ -123,13 +176,7 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> "BlockMask":
         """The same mask on another device."""
-        return BlockMask(
-            counts=self.counts.to(device),
-            indices=self.indices.to(device),
-            block=self.block,
-            num_queries=self.num_queries,
-            num_keys=self.num_keys,
-        )
+        return replace(self, counts=self.counts.to(device), indices=self.indices.to(device))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, for JSON."""
@@ -148,8 +195,13 @@ class BlockMask:
         sizes = {name: data[name] for name in ("num_queries", "num_keys")}
         return cls(**tensors, block=(data["block"][0], data["block"][1]), **sizes)
 
-    def _sizes(self, axis: int) -> Tensor:
-        length = (self.num_queries, self.num_keys)[axis]
-        sizes = torch.full((self.grid[axis],), float(self.block[axis]), dtype=torch.float64)
-        sizes[-1] = length - (len(sizes) - 1) * self.block[axis]
-        return sizes.to(self.counts.device)
+    def _live(self) -> Tensor:
+        places = torch.arange(self.indices.shape[3], device=self.counts.device)
+        return places < self.counts[..., None]
+
+    def _tails(self) -> Tensor:
+        """True at list entries that name the last key block, [B, H, Mq, K]."""
+        return (self.indices == self.grid[1] - 1) & self._live()
+
+    def _reaches_tail(self) -> Tensor:
+        return self._tails().any(-1)

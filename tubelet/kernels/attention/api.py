@@ -1,17 +1,33 @@
 """One attention call for every implementation."""
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tubelet.core.errors import ShapeError, UnsupportedError
+from tubelet.core.errors import UnsupportedError
 from tubelet.core.plan import AttentionPlan
-from tubelet.kernels.attention import flex, reference, sdpa
+from tubelet.kernels.attention import cpu, fa4, flex, reference, sdpa, triton_blocks
+from tubelet.kernels.attention.call import Call
+from tubelet.kernels.attention.checks import check
+from tubelet.kernels.attention.left_out import approximated
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"sdpa": sdpa, "flex": flex, "reference": reference}
-"""Fastest first: the order in which `impl="auto"` asks."""
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "sdpa": sdpa,
+    "fa4": fa4,
+    "triton": triton_blocks,
+    "flex": flex,
+    "cpu": cpu,
+    "reference": reference,
+}
+
+PREFERENCES = {
+    "dense": ("sdpa", "flex", "reference"),
+    "block lists": ("fa4", "triton", "cpu", "flex", "reference"),
+}
+"""Fastest first: the order in which `impl="auto"` asks, without and with a block mask."""
 
 
 def attention(
@@ -31,33 +47,37 @@ def attention(
         q: Queries. H is a multiple of the G key heads (grouped queries).
         k: Keys.
         v: Values.
-        plan: Block mask, token order, key bias and temperature; None is dense.
+        plan: Block mask, token order, key bias, temperature and compensation; None is dense. What
+            the mask skips never matters, NaN included, except to compensation.
         scale: Factor on the logits, default D ** -0.5; divided by the plan's temperature.
         causal: Query i sees keys 0..i; needs as many queries as keys.
         key_bias: Added to every logit of a key, float32; -inf excludes the key.
-        impl: "auto", "sdpa", "flex" or "reference". A named one is never replaced by another.
+        impl: "auto" or a name in IMPLEMENTATIONS. A named one is never replaced by another;
+            only the few dense rows of `plan.delta_rows` go elsewhere when it takes lists only.
 
     Returns:
         Output in q's dtype and the natural log-sum-exp of the scaled, biased logits (float32,
-        float64 for float64 inputs). A query without any key gets zeros and -inf.
+        float64 for float64 inputs). A query without any key gets zeros and -inf. The
+        log-sum-exp covers approximated blocks, but neither delta rows nor gain and residual.
 
     Raises:
-        ShapeError: Shapes, dtypes or devices disagree, or the mask is for other sizes.
-        UnsupportedError: The named implementation cannot take these inputs; the message says why.
+        ShapeError: Shapes, dtypes or devices disagree, or the plan is for other sizes.
+        UnsupportedError: The named implementation cannot take these inputs, or no one can take
+            this combination; the message says why.
     """
-    _check(q, k, v, plan, key_bias)
-    if causal and q.shape[2] != k.shape[2]:
-        raise ShapeError(f"causal attention needs N = M, got {q.shape[2]} and {k.shape[2]}")
     plan = plan or AttentionPlan()
-    scale = (q.shape[-1] ** -0.5 if scale is None else scale) / plan.temperature
-    if plan.bias is not None:
-        key_bias = plan.bias if key_bias is None else key_bias + plan.bias
+    check(q, k, v, plan, key_bias, causal)
+    name = choose(q, k, v, plan, causal=causal, key_bias=key_bias, impl=impl)
+    call = _ordered(_call(q, k, v, plan, causal, key_bias, scale), plan.order)
+    out, lse = IMPLEMENTATIONS[name].run(call)
+    if plan.approximate:
+        out, lse = approximated(call, out, lse)
+    if plan.delta_rows is not None and call.mask is not None:
+        out = _with_delta_rows(call, out, plan.delta_rows, name)
     if plan.order is not None:
-        if causal:
-            raise ShapeError("a causal call cannot be reordered")
-        return _reordered(q, k, v, plan, scale, key_bias, impl)
-    module = IMPLEMENTATIONS[choose(q, k, v, plan, causal=causal, impl=impl)]
-    return module.run(q, k, v, scale=scale, causal=causal, key_bias=key_bias, mask=plan.mask)
+        back = torch.argsort(plan.order, dim=-1)
+        out, lse = _permute(out, back), _permute(lse[..., None], back)[..., 0]
+    return _compensated(out, plan), lse
 
 
 def choose(
@@ -67,6 +87,7 @@ def choose(
     plan: AttentionPlan | None = None,
     *,
     causal: bool = False,
+    key_bias: Tensor | None = None,
     impl: str = "auto",
 ) -> str:
     """Name of the implementation that `attention` would run.
@@ -74,13 +95,13 @@ def choose(
     Raises:
         UnsupportedError: `impl` is unknown or cannot take these inputs.
     """
+    call = _call(q, k, v, plan or AttentionPlan(), causal, key_bias, None)
     if impl == "auto":
-        names = IMPLEMENTATIONS
-        return next(n for n in names if why_not(n, q, k, v, plan, causal=causal) is None)
+        return _preferred(call)
     if impl not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise UnsupportedError(f"unknown attention implementation {impl!r}; use one of {known}")
-    reason = why_not(impl, q, k, v, plan, causal=causal)
+    reason = IMPLEMENTATIONS[impl].refuses(call)
     if reason is not None:
         raise UnsupportedError(f"attention implementation {impl!r} cannot run this: {reason}")
     return impl
@@ -94,33 +115,50 @@ def why_not(
     plan: AttentionPlan | None = None,
     *,
     causal: bool = False,
+    key_bias: Tensor | None = None,
 ) -> str | None:
     """Why an implementation cannot take these inputs, or None; the reference takes all."""
-    mask = None if plan is None else plan.mask
-    return None if impl == "reference" else IMPLEMENTATIONS[impl].refuses(q, k, v, mask, causal)
+    call = _call(q, k, v, plan or AttentionPlan(), causal, key_bias, None)
+    return IMPLEMENTATIONS[impl].refuses(call)
 
 
-def _reordered(
+def _call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     plan: AttentionPlan,
-    scale: float,
+    causal: bool,
     key_bias: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    order = plan.order
-    assert order is not None
-    if order.shape[0] != 1 and k.shape[1] != q.shape[1]:
-        raise UnsupportedError("a token order per head needs as many key heads as query heads")
-    if order.shape[0] != 1 and key_bias is not None:
-        raise UnsupportedError("a key bias needs one token order for all heads")
-    q, k, v = (_permute(x, order) for x in (q, k, v))
-    key_bias = None if key_bias is None else key_bias[:, order[0]]
-    inner = AttentionPlan(mask=plan.mask)
-    out, lse = attention(q, k, v, inner, scale=scale, key_bias=key_bias, impl=impl)
-    back = torch.argsort(order, dim=-1)
-    return _permute(out, back), _permute(lse[..., None], back)[..., 0]
+    scale: float | None,
+) -> Call:
+    biases = [bias for bias in (key_bias, plan.bias) if bias is not None]
+    return Call(
+        q=q,
+        k=k,
+        v=v,
+        scale=(q.shape[-1] ** -0.5 if scale is None else scale) / plan.temperature,
+        causal=causal,
+        key_bias=sum(biases[1:], biases[0]) if biases else None,
+        mask=plan.mask,
+    )
+
+
+def _preferred(call: Call) -> str:
+    names = PREFERENCES["dense" if call.mask is None else "block lists"]
+    return next(name for name in names if IMPLEMENTATIONS[name].refuses(call) is None)
+
+
+def _ordered(call: Call, order: Tensor | None) -> Call:
+    """The call in the order of the plan, with only as many keys as the mask speaks of."""
+    keys = call.k.shape[2] if call.mask is None else call.mask.num_keys
+    q, k, v, key_bias = call.q, call.k, call.v, call.key_bias
+    if order is not None:
+        q, (k, v) = _permute(q, order), (_permute(x, order[:, :keys]) for x in (k, v))
+        key_bias = None if key_bias is None else key_bias[:, order[0, :keys]]
+    elif keys < k.shape[2]:
+        k, v = k[:, :, :keys], v[:, :, :keys]
+        key_bias = None if key_bias is None else key_bias[:, :keys]
+    return replace(call, q=q, k=k, v=v, key_bias=key_bias)
 
 
 def _permute(x: Tensor, order: Tensor) -> Tensor:
@@ -129,41 +167,18 @@ def _permute(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None, key_bias: Tensor | None
-) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if any(x.ndim != 4 for x in (q, k, v)):
-        raise ShapeError(f"attention takes [batch, heads, tokens, width] tensors, got {shapes}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ShapeError(f"attention inputs do not fit together: {shapes}")
-    if q.shape[1] % k.shape[1] or 0 in (*q.shape, *k.shape):
-        raise ShapeError(f"query heads must be a multiple of key heads, none empty: {shapes}")
-    if len({q.dtype, k.dtype, v.dtype}) > 1 or len({q.device, k.device, v.device}) > 1:
-        raise ShapeError("attention inputs must share one dtype and one device")
-    wanted = (k.shape[0], k.shape[2])
-    for name, bias in (("key_bias", key_bias), ("plan.bias", None if plan is None else plan.bias)):
-        if bias is not None and bias.shape != wanted:
-            raise ShapeError(f"{name} must be [batch, keys] = {wanted}, got {tuple(bias.shape)}")
-    if plan is None:
-        return
-    mask, order = plan.mask, plan.order
-    if mask is not None and (mask.num_queries, mask.num_keys) != (q.shape[2], k.shape[2]):
-        raise ShapeError(
-            f"the block mask is for {mask.num_queries} x {mask.num_keys} tokens, the call has "
-            f"{q.shape[2]} x {k.shape[2]}"
-        )
-    if mask is not None and any(
-        have not in (1, want) for have, want in zip(mask.counts.shape[:2], q.shape[:2], strict=True)
-    ):
-        raise ShapeError(
-            f"the block mask has batch and heads {tuple(mask.counts.shape[:2])}, the call "
-            f"{tuple(q.shape[:2])}; use 1 to share one mask"
-        )
-    if order is not None and (
-        order.shape[0] not in (1, q.shape[1]) or not order.shape[1] == q.shape[2] == k.shape[2]
-    ):
-        raise ShapeError(
-            f"the token order is {tuple(order.shape)}, the call has {q.shape[1]} heads, "
-            f"{q.shape[2]} queries and {k.shape[2]} keys"
-        )
+def _with_delta_rows(call: Call, out: Tensor, every: int, name: str) -> Tensor:
+    """`out` with what every such query gains by seeing all keys, added to its followers too."""
+    rows = replace(call, q=call.q[:, :, ::every], mask=None)
+    if IMPLEMENTATIONS[name].refuses(rows) is not None:
+        name = _preferred(rows)
+    dense, _ = IMPLEMENTATIONS[name].run(rows)
+    wide = torch.promote_types(out.dtype, torch.float32)
+    gained = dense.to(wide) - out[:, :, ::every].to(wide)
+    followers = gained.repeat_interleave(every, dim=2)[:, :, : out.shape[2]]
+    return (out + followers).to(call.q.dtype)
+
+
+def _compensated(out: Tensor, plan: AttentionPlan) -> Tensor:
+    result = out if plan.gain is None else out * plan.gain[..., None]
+    return (result if plan.residual is None else result + plan.residual).to(out.dtype)

@@ -9,45 +9,38 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tubelet.core.block_mask import BlockMask
+from tubelet.kernels.attention.call import Call
 
 
-def refuses(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool) -> str | None:
+def refuses(call: Call) -> str | None:
     """Why these inputs cannot run here, or None."""
-    if q.device.type not in ("cpu", "cuda"):
-        return f"FlexAttention is not tested on device {q.device.type!r}"
-    if q.dtype == torch.float64:
+    device, mask = call.q.device.type, call.mask
+    if device not in ("cpu", "cuda"):
+        return f"FlexAttention is not tested on device {device!r}"
+    if call.q.dtype == torch.float64:
         return "FlexAttention takes no float64"
-    if (
-        q.device.type == "cpu"
-        and any(x.requires_grad for x in (q, k, v))
-        and torch.is_grad_enabled()
-    ):
+    if device == "cpu" and call.wants_gradient:
         return "FlexAttention has no backward pass on the CPU; use torch.no_grad()"
-    if mask is not None and q.device.type == "cuda" and any(size % 128 for size in mask.block):
+    if mask is not None and device == "cuda" and any(size % 128 for size in mask.block):
         return f"FlexAttention on CUDA wants blocks that are multiples of 128, got {mask.block}"
-    if causal and mask is not None:
+    if call.causal and mask is not None:
         return "causal block lists are not supported here; put causality into the lists"
     return None
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    key_bias: Tensor | None,
-    mask: BlockMask | None,
-) -> tuple[Tensor, Tensor]:
-    """FlexAttention with the block lists of `mask`, or dense without one."""
+def run(call: Call) -> tuple[Tensor, Tensor]:
+    """FlexAttention with the block lists of the mask, or dense without one."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
-    block_mask = None if mask is None else mask.to_flex()
-    if causal:
+    q, k, v, key_bias = call.q, call.k, call.v, call.key_bias
+    uncompiled = call.mask is not None and q.device.type == "cpu"
+    if uncompiled:
+        v = torch.where(v.isfinite(), v, 0.0)
+    block_mask = None if call.mask is None else call.mask.to_flex()
+    if call.causal:
         block_mask = create_block_mask(
             lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device=str(q.device)
         )
@@ -61,11 +54,25 @@ def run(
             v,
             score_mod=score_mod,
             block_mask=block_mask,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            scale=call.scale,
+            enable_gqa=call.groups > 1,
             return_aux=AuxRequest(lse=True),
         )
-    return out, aux.lse
+    return out.masked_fill(_spoiled(call), torch.nan) if uncompiled else out, aux.lse
+
+
+def _spoiled(call: Call) -> Tensor:
+    """Outputs that see a value which is not finite, [B, H, N, E].
+
+    The uncompiled function multiplies values of skipped blocks by 0, which leaves NaN.
+    """
+    mask = call.mask
+    assert mask is not None
+    (bq, bk), (_, columns) = mask.block, mask.grid
+    bad = F.pad(~call.v.isfinite(), (0, 0, 0, columns * bk - mask.num_keys))
+    bad = bad.unflatten(2, (columns, bk)).any(3).repeat_interleave(call.groups, dim=1)
+    seen = mask.to_dense().float() @ bad.float() > 0
+    return seen.repeat_interleave(bq, dim=2)[:, :, : mask.num_queries]
 
 
 @cache

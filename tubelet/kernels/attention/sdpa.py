@@ -7,15 +7,16 @@ watches their signatures.
 import torch
 from torch import Tensor
 
-from tubelet.core.block_mask import BlockMask
+from tubelet.kernels.attention.call import Call
 from tubelet.kernels.attention.channels import aligned, padded_to, with_bias_channels
 
 aten = torch.ops.aten
 
 
-def refuses(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: bool) -> str | None:
+def refuses(call: Call) -> str | None:
     """Why these inputs cannot run here, or None."""
-    if mask is not None:
+    q, v = call.q, call.v
+    if call.mask is not None:
         return "the sdpa kernels take no block lists"
     if q.device.type not in ("cpu", "cuda"):
         return f"no fused kernel with a log-sum-exp is known for device {q.device.type!r}"
@@ -23,30 +24,20 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, causal: boo
         return "the CUDA kernels take no float64"
     if v.shape[-1] != q.shape[-1]:
         return f"key width {q.shape[-1]} and value width {v.shape[-1]} must agree"
-    if causal and q.shape[2] != k.shape[2]:
+    if call.causal and q.shape[2] != call.k.shape[2]:
         return "causal attention needs as many queries as keys"
     return None
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    key_bias: Tensor | None,
-    mask: BlockMask | None,
-) -> tuple[Tensor, Tensor]:
+def run(call: Call) -> tuple[Tensor, Tensor]:
     """Fused attention without a block mask."""
-    assert mask is None
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    q, k, v, key_bias = call.q, call.k, call.v, call.key_bias
+    if call.groups > 1:
+        k, v = (x.repeat_interleave(call.groups, dim=1) for x in (k, v))
     q, k, v = (_aligned(x) for x in (q, k, v))
     fused = _cpu if q.device.type == "cpu" else _cuda
-    out, lse = fused(q, k, v, scale, causal, key_bias)
-    return (out, lse) if key_bias is None else _without_keys(out, lse, key_bias, causal)
+    out, lse = fused(q, k, v, call.scale, call.causal, key_bias)
+    return (out, lse) if key_bias is None else _without_keys(out, lse, key_bias, call.causal)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -1,0 +1,113 @@
+"""The Triton kernels against their references; run by test_attention_triton.py."""
+
+import pytest
+import torch
+
+from tubelet.core.block_mask import BlockMask
+from tubelet.core.plan import AttentionPlan
+from tubelet.kernels.attention import attention, why_not
+from tubelet.kernels.pool import block_means
+
+
+def mask_of(num, keys, block, batch=2, heads=4) -> BlockMask:
+    kept = torch.rand(batch, heads, -(-num // block[0]), -(-keys // block[1])) < 0.5
+    kept[0, 0, 0] = False
+    mask = BlockMask.from_dense(kept, block=block, num_queries=num, num_keys=keys)
+    live = torch.arange(mask.indices.shape[3]) < mask.counts[..., None]
+    order = torch.where(live, torch.rand(mask.indices.shape), 2.0).argsort(-1)
+    indices = mask.indices.gather(3, order).masked_fill(~live, 2**31 - 1)
+    return BlockMask(
+        counts=mask.counts, indices=indices, block=block, num_queries=num, num_keys=keys
+    )
+
+
+CASES = {
+    "ragged": ({"num": 50, "keys": 41}, (32, 16), {}),
+    "small key blocks": ({"num": 32, "keys": 48}, (16, 16), {}),
+    "wide blocks over several tiles": ({"num": 40, "keys": 200}, (48, 96), {}),
+    "shared lists": ({"num": 40, "keys": 40}, (16, 32), {"batch": 1, "heads": 1}),
+    "one mask per head": ({"num": 40, "keys": 40}, (16, 32), {"batch": 1}),
+    "width 40": ({"num": 33, "keys": 50, "width": 40}, (32, 32), {}),
+    "narrow values": ({"num": 33, "keys": 50, "values": 8}, (32, 32), {}),
+    "half": ({"num": 33, "keys": 50, "dtype": torch.float16}, (32, 32), {}),
+}
+
+
+def inputs(num, keys, width=16, values=None, dtype=torch.float32):
+    # Interleaved heads, as hosts have them.
+    q = torch.randn(2, num, 4, width).transpose(1, 2)
+    k = torch.randn(2, keys, 2, width).transpose(1, 2)
+    v = torch.randn(2, keys, 2, values or width).transpose(1, 2)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def compare(q, k, v, plan, **options) -> None:
+    wide = [x.double() for x in (q, k, v)]
+    want, want_lse = attention(*wide, plan, impl="reference", **options)
+    out, lse = attention(q, k, v, plan, impl="triton", **options)
+    assert (out.dtype, lse.dtype) == (q.dtype, torch.float32)
+    atol = 1e-5 if q.dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(out.double(), want, atol=atol, rtol=0)
+    torch.testing.assert_close(lse.double(), want_lse, atol=atol, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("sizes", "block", "shared"), CASES.values(), ids=CASES)
+def test_lists_equal_the_reference(sizes, block, shared):
+    q, k, v = inputs(**sizes)
+    mask = mask_of(sizes["num"], sizes["keys"], block, **shared)
+    compare(q, k, v, AttentionPlan(mask=mask, temperature=0.7))
+
+
+def test_a_key_bias_with_excluded_keys_and_padding_behind_the_last_key():
+    q, k, v = inputs(40, 50)
+    bias = torch.randn(2, 50)
+    bias[:, ::3] = -torch.inf
+    bias[0, 16:32] = -torch.inf
+    k[:, :, 43:], v[:, :, 43:] = torch.nan, torch.inf
+    compare(q, k, v, AttentionPlan(mask=mask_of(40, 43, (16, 16))), key_bias=bias)
+
+
+def test_left_out_blocks_count_by_their_means():
+    q, k, v = inputs(40, 41)
+    compare(q, k, v, AttentionPlan(mask=mask_of(40, 41, (16, 16)), approximate=True))
+
+
+def test_poison_in_skipped_blocks_stays_there():
+    q, k, v = inputs(40, 41)
+    plan = AttentionPlan(mask=mask_of(40, 41, (16, 16)))
+    clean, _ = attention(q, k, v, plan, impl="triton")
+    k[:, :, 32:], v[:, :, 32:] = torch.nan, torch.inf
+    out, _ = attention(q, k, v, plan, impl="triton")
+    seen = plan.mask.token_mask()[..., 40]
+    assert torch.equal(out[~seen], clean[~seen])
+    assert not bool(out[seen].isfinite().any())
+
+
+@pytest.mark.parametrize("ordered", [None, 1, 3])
+def test_block_means_read_in_any_order(ordered):
+    x = torch.randn(2, 50, 3, 20).transpose(1, 2)
+    order = None if ordered is None else torch.stack([torch.randperm(50) for _ in range(ordered)])
+    have = block_means(x, 16, order, 41, impl="triton")
+    want = block_means(x, 16, order, 41, impl="reference")
+    torch.testing.assert_close(have, want, atol=1e-6, rtol=0)
+
+
+REFUSED = {
+    "float64": ({"dtype": torch.float64}, (16, 16), "float16, bfloat16 and float32"),
+    "block": ({}, (16, 24), "multiples of 16"),
+    "width": ({"width": 300}, (16, 16), "up to 256 wide"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "block", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_the_kernel_cannot_take_is_refused(sizes, block, reason):
+    q, k, v = inputs(32, 48, **sizes)
+    plan = AttentionPlan(mask=mask_of(32, 48, block))
+    assert reason in str(why_not("triton", q, k, v, plan))
+
+
+def test_gradients_and_causality_are_refused():
+    q, k, v = inputs(32, 32)
+    plan = AttentionPlan(mask=mask_of(32, 32, (16, 16)))
+    assert "causal" in str(why_not("triton", q, k, v, plan, causal=True))
+    assert "backward" in str(why_not("triton", q.clone().requires_grad_(), k, v, plan))
