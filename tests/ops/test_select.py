@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tubelet.core.errors import ShapeError
-from tubelet.ops.select import budget, cdf_sample, kept_positions, stratified_top_k, top_k, top_p
+from tubelet.ops.select import (
+    above_mass,
+    budget,
+    cdf_sample,
+    kept_positions,
+    stratified_top_k,
+    top_k,
+    top_p,
+)
 
 SETTINGS = settings(deadline=None, max_examples=60, derandomize=True)
 WEIGHTS = st.lists(st.integers(0, 6), min_size=1, max_size=12)
@@ -121,6 +129,20 @@ def test_top_p_refuses_other_masses(mass):
         top_p(torch.ones(3), mass)
 
 
+@SETTINGS
+@given(WEIGHTS, st.sampled_from([0.001, 0.1234567, 0.31415, 0.55555, 0.87654, 0.99999, 1.0]))
+def test_above_mass_is_top_p_with_equal_scores_together(values, mass):
+    least = min(values[i] for i in slow_top_p(values, mass))
+    kept = places(above_mass(torch.tensor(values).float(), mass))
+    assert kept == {i for i, value in enumerate(values) if value >= least}
+
+
+@pytest.mark.parametrize("mass", [0.0, 1.1])
+def test_above_mass_refuses_other_masses(mass):
+    with pytest.raises(ShapeError, match="mass must lie in"):
+        above_mass(torch.ones(3), mass)
+
+
 def slow_cdf_sample(values: list[int], samples: int) -> set[int]:
     """Exact arithmetic on rational numbers."""
     if sum(values) == 0:
@@ -220,6 +242,7 @@ def test_stratified_top_k_refuses_groups_that_do_not_divide():
 SELECTIONS = {
     "top_k": lambda score: top_k(score, 4),
     "top_p": lambda score: top_p(score, 0.6),
+    "above_mass": lambda score: above_mass(score, 0.6),
     "cdf_sample": lambda score: cdf_sample(score, 6),
     "stratified_top_k": lambda score: stratified_top_k(score, torch.arange(12) % 3, 3, 0.5),
 }
@@ -235,13 +258,13 @@ def test_selections_are_deterministic_and_rows_independent(name):
         assert torch.equal(select(score[row : row + 1])[0], kept[row])
 
 
-@pytest.mark.parametrize("name", ["top_k", "top_p", "cdf_sample"])
+@pytest.mark.parametrize("name", ["top_k", "top_p", "above_mass", "cdf_sample"])
 def test_selections_move_with_their_tokens(name):
     score, order = torch.rand(3, 12), torch.randperm(12)
     assert torch.equal(SELECTIONS[name](score[:, order]), SELECTIONS[name](score)[:, order])
 
 
-@pytest.mark.parametrize("name", ["top_k", "top_p", "cdf_sample"])
+@pytest.mark.parametrize("name", ["top_k", "top_p", "above_mass", "cdf_sample"])
 def test_selections_accept_any_leading_axes(name):
     score = torch.rand(2, 3, 12)
     kept = SELECTIONS[name](score)

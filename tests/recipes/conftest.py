@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tubelet.core.context import Site, TokenContext
+from tubelet.core.context import AttentionContext, Site, StepContext, TokenContext
 from tubelet.core.grid import TokenGrid
 from tubelet.core.recipe import Recipe
 from tubelet.models.accelerate import accelerate
@@ -95,6 +95,40 @@ def context() -> Callable[..., TokenContext]:
             shared=shared,
             stats=Statistics(**facts) if facts else None,
             pixels=pixels,
+        )
+
+    return build
+
+
+@pytest.fixture
+def attention_call() -> Callable[..., AttentionContext]:
+    """An attention context of a video grid; queries, keys and values are random unless given."""
+
+    def build(
+        grid: TokenGrid,
+        *,
+        batch: int = 1,
+        heads: int = 2,
+        key_heads: int | None = None,
+        width: int = 16,
+        layer: int = 0,
+        step: StepContext | None = None,
+        padding: int = 0,
+        state: dict[str, Any] | None = None,
+        **tensors: Tensor,
+    ) -> AttentionContext:
+        query = tensors.get("query", torch.randn(batch, heads, grid.num_tokens, width))
+        shape = (len(query), key_heads or heads, *query.shape[2:])
+        return AttentionContext(
+            site=Site(name="layer", layer=layer, num_layers=12, kind="joint"),
+            grid=grid,
+            query=query,
+            key=tensors["key"] if "key" in tensors else torch.randn(shape),
+            value=tensors["value"] if "value" in tensors else torch.randn(shape),
+            scale=query.shape[-1] ** -0.5,
+            num_keys=grid.num_tokens - padding if padding else None,
+            step=step,
+            state={} if state is None else state,
         )
 
     return build

@@ -1,6 +1,6 @@
 """What a recipe may look at when it decides."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -153,6 +153,8 @@ class AttentionContext:
         step: Denoising step of the run and guidance branch; None outside of a generator.
         state: Kept from step to step by this recipe at this site in this branch; empty when a
             run begins.
+        pool: (x [B, H, N, D], block, order, num) to block means, by a fused kernel; None leaves
+            them to `tubelet.ops.block_score.block_means`, which gives the same.
     """
 
     site: Site
@@ -164,6 +166,7 @@ class AttentionContext:
     num_keys: int | None = None
     step: "StepContext | None" = None
     state: dict[str, Any] = field(default_factory=dict)
+    pool: Callable[[Tensor, int, Tensor | None, int | None], Tensor] | None = None
 
     @property
     def keys(self) -> int:

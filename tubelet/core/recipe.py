@@ -232,7 +232,7 @@ class AttentionReuse(Recipe):
     """Decides when the plan of an earlier step serves again; goes with a SparseAttention."""
 
     stage: ClassVar[str] = "attention reuse"
-    requires: ClassVar[frozenset[str]] = frozenset({"attention"})
+    requires: ClassVar[frozenset[str]] = frozenset({"attention", "generator"})
 
     @abstractmethod
     def reuses(self, ctx: AttentionContext) -> bool:
@@ -244,14 +244,22 @@ class AttentionCompensation(Recipe):
     """Adds terms to a sparse plan that make up for what it leaves out."""
 
     stage: ClassVar[str] = "attention compensation"
-    requires: ClassVar[frozenset[str]] = frozenset({"attention"})
+    requires: ClassVar[frozenset[str]] = frozenset({"attention", "generator"})
 
     @abstractmethod
     def compensate(self, ctx: AttentionContext, plan: AttentionPlan) -> AttentionPlan:
         """The plan with terms added; returned unchanged where nothing is to be done."""
 
+    def wants_dense(self, ctx: AttentionContext) -> bool:
+        """Whether this sparse call is to be done densely too; asked before `compensate`.
+
+        Where it is, the host gets the dense output, and `observe` the sparse one, with
+        ctx.state["dense"] = (output, log-sum-exp) of the dense call.
+        """
+        return False
+
     def observe(self, ctx: AttentionContext, plan: AttentionPlan, out: Tensor, lse: Tensor) -> None:
-        """See the result [B, H, N, D] and log-sum-exp of a call, dense ones included."""
+        """See the sparse result [B, H, N, D] and its log-sum-exp where `wants_dense` asked."""
 
 
 @dataclass(frozen=True, kw_only=True)

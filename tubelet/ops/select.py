@@ -70,6 +70,30 @@ def top_p(score: Float[Tensor, "*batch n"], mass: float) -> Bool[Tensor, "*batch
     return torch.where(total > 0, kept, torch.ones_like(kept))
 
 
+def above_mass(score: Float[Tensor, "*batch n"], mass: float) -> Bool[Tensor, "*batch n"]:
+    """As `top_p` with one sort and float32 sums: equal scores stay or go together.
+
+    Args:
+        score: Non-negative weights of any scale. Each row is normalised by its own sum.
+        mass: Share to reach, in (0, 1]. 1.0 keeps every entry.
+
+    Returns:
+        True where kept, at least one entry per row. The share kept reaches `mass` to float32
+        rounding. A row that sums to zero keeps everything.
+
+    Raises:
+        ShapeError: `mass` is outside (0, 1].
+    """
+    if not 0 < mass <= 1:
+        raise ShapeError(f"mass must lie in (0, 1], got {mass}")
+    if mass == 1:
+        return torch.ones_like(score, dtype=torch.bool)
+    falling = score.float().sort(dim=-1, descending=True).values
+    sums = falling.cumsum(-1)
+    needed = (sums < mass * sums[..., -1:]).sum(-1, keepdim=True)
+    return score.float() >= falling.gather(-1, needed.clamp(max=score.shape[-1] - 1))
+
+
 def cdf_sample(
     score: Float[Tensor, "*batch n"], samples: int, valid: Bool[Tensor, "*batch n"] | None = None
 ) -> Bool[Tensor, "*batch n"]:

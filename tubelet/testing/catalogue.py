@@ -21,11 +21,17 @@ from torch import Tensor, nn
 from tubelet import recipes
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import AttentionContext, TokenContext
-from tubelet.core.errors import UnsupportedError
+from tubelet.core.errors import NoMatchingSitesError, UnsupportedError
 from tubelet.core.handle import CAPABILITIES
 from tubelet.core.learned import LearnedPlan
 from tubelet.core.plan import AttentionPlan
-from tubelet.core.recipe import RaggedReduction, Recipe, TokenRecipe
+from tubelet.core.recipe import (
+    AttentionCompensation,
+    AttentionReuse,
+    RaggedReduction,
+    Recipe,
+    TokenRecipe,
+)
 from tubelet.models.accelerate import accelerate
 from tubelet.models.catalogue import adapter_for, refusal
 from tubelet.testing import tolerances
@@ -33,6 +39,17 @@ from tubelet.testing import tolerances
 TINY: dict[str, dict[str, Any]] = {
     "ATS": {"first_layer": 1, "samples": 0.5},
     **{name: {"layer": 1} for name in ("HoT", "LookupViT", "STViT", "TokenSlimming", "VTM")},
+    **{name: {"block": (16, 16)} for name in ("AdaSpa", "RadialAttention", "RandomBlocks")},
+    **{name: {"block": (16, 16)} for name in ("SolAttn", "SparseVDiT", "SubBlock")},
+    "DraftAttention": {"block": (16, 16), "tile": (1, 4, 4)},
+    "EfficientVDiT": {"block": (16, 16), "references": 1},
+    "NABLA": {"block": (16, 16), "tile": (1, 4, 4), "window": (1, 1, 1), "mass": 0.4},
+    "NeighborhoodAttention": {"block": (16, 16), "tile": (1, 4, 4), "window": (1, 4, 4)},
+    "SlidingTile": {"block": (16, 16), "tile": (1, 4, 4), "window": (2, 1, 1)},
+    "SpargeAttention": {"block": (16, 16), "similarity": -1.0, "mass": 0.4},
+    "SVG": {"block": (4, 4), "sink": False},
+    "VMoBA": {"block": (16, 16), "slab": 1, "window": (2, 2), "box": (1, 4, 4)},
+    "XAttention": {"block": (16, 16), "mass": 0.4},
     "EVAD": {"keep_ratio": 0.6, "keyframe_weight": 4.0},
     "GumbelKeep": {"keep_ratio": 0.5, "layers": (0, 2), "context": 0.1},
     "TESTA": {"frames": 1, "patches": 3},
@@ -44,9 +61,10 @@ would leave next to nothing. A recipe that is not named here is tried with its d
 
 
 def settings() -> Iterator[Recipe]:
-    """Every recipe of the catalogue, set so that it acts on the tiny hosts."""
+    """Every recipe of the catalogue that acts on its own, set so that it does on tiny hosts."""
     for name, recipe in recipes.catalogue().items():
-        yield recipe(**TINY.get(name, {}))
+        if not issubclass(recipe, AttentionReuse | AttentionCompensation):
+            yield recipe(**TINY.get(name, {}))
 
 
 def identity_of(recipe: Recipe) -> Recipe:
@@ -56,7 +74,11 @@ def identity_of(recipe: Recipe) -> Recipe:
 
 def why_refused(model: Any, recipe: Recipe) -> str | None:
     """Why this model does not take this recipe, from what the adapter states; None if it does."""
-    return refusal(recipe, adapter_for(model).lacks(model))
+    adapter = adapter_for(model)
+    reason = refusal(recipe, adapter.lacks(model))
+    if reason is None and not any(recipe.acts_on(site) for site in adapter.sites(model)):
+        return "found no site"
+    return reason
 
 
 def spying(recipe: Recipe, watch: Callable[[Any, Any], None]) -> Recipe:
@@ -200,7 +222,7 @@ def runs_or_is_refused(model: Any, recipe: Recipe, pixels: Tensor) -> None:
 def _refusal_of(model: Any, recipe: Recipe) -> str | None:
     try:
         accelerate(model, recipe).remove()
-    except UnsupportedError as error:
+    except (UnsupportedError, NoMatchingSitesError) as error:
         return str(error)
     return None
 

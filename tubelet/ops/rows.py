@@ -1,0 +1,89 @@
+"""Dense attention of a few sampled query rows, to measure what a block mask would lose."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tubelet.ops.block_mask import Blocks
+from tubelet.ops.block_score import WORKSPACE
+from tubelet.ops.score import white_noise
+
+
+def sampled_rows(
+    num: int, rows: int, seed: int, device: torch.device | str | None = None
+) -> Int[Tensor, "r"]:
+    """Ascending positions in [0, num), one drawn from each of `rows` equal stretches.
+
+    All positions when there are no more than `rows`. No random state and no host sync.
+    """
+    if num <= rows:
+        return torch.arange(num, device=device)
+    place = torch.arange(rows, device=device) + white_noise(rows, seed, device)
+    return (place * (num / rows)).long().clamp(max=num - 1)
+
+
+def mask_errors(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g n d"],
+    v: Float[Tensor, "b g n e"],
+    scale: float,
+    rows: Int[Tensor, "r"],
+    blocks: Blocks,
+    tables: Sequence[Bool[Tensor, "_ _ mq mk"]],
+) -> Float[Tensor, "p b h"]:
+    """Relative squared error |O_p - O|^2 / |O|^2 of sampled rows under each of several masks.
+
+    The dense rows are computed once in parts of bounded memory; each mask then costs one more
+    product with the values.
+
+    Args:
+        q, k, v: Tokens in block order.
+        scale: Factor on the logits.
+        rows: Positions of the sampled queries.
+        blocks: Geometry.
+        tables: Blocks kept by each mask, exempt ones included; 1 sample or head shares a mask.
+
+    Returns:
+        float32. A row without any kept weight counts as zero output.
+    """
+    heads, groups, keys = q.shape[1], q.shape[1] // k.shape[1], blocks.num_keys
+    # Whole groups of query heads share their key head.
+    step = max(1, WORKSPACE // max(1, q.shape[0] * len(rows) * keys * groups))
+    parts = []
+    for start in range(0, k.shape[1], step):
+        stop = min(start + step, k.shape[1])
+        part = slice(start * groups, stop * groups)
+        parts.append(
+            _errors(
+                q[:, part].index_select(2, rows),
+                k[:, start:stop, :keys].repeat_interleave(groups, dim=1),
+                v[:, start:stop, :keys].repeat_interleave(groups, dim=1),
+                scale,
+                [
+                    _token_rows(t if t.shape[1] != heads else t[:, part], rows, blocks)
+                    for t in tables
+                ],
+            )
+        )
+    return torch.cat(parts, dim=2)
+
+
+def _errors(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: list[Tensor]) -> Tensor:
+    weights = (q @ k.transpose(-1, -2)).float().mul(scale).softmax(-1)
+    values = v.float()
+    dense = weights @ values
+    norm = dense.square().sum((2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+    found = []
+    for mask in masks:
+        kept = weights * mask
+        total = kept.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        found.append((kept @ values / total - dense).square().sum((2, 3)) / norm)
+    return torch.stack(found)
+
+
+def _token_rows(table: Tensor, rows: Tensor, blocks: Blocks) -> Tensor:
+    """The mask of single keys for the sampled rows, [B or 1, H or 1, r, keys]."""
+    picked = table.index_select(2, rows // blocks.size[0])
+    return picked.repeat_interleave(blocks.size[1], dim=3)[..., : blocks.num_keys]
