@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from tubelet.core.context import StepContext
 from tubelet.core.report import Report
 
 
@@ -50,6 +52,8 @@ def test_data_is_ready_for_json(report):
         "changes": [{"recipe": "ToMe(r=8)", "site": "layers.0", "before": 100, "after": 50}],
         "attention": {"flex": 3},
         "fallbacks": {"float64": 2},
+        "densities": [],
+        "verified": [],
     }
 
 
@@ -62,6 +66,24 @@ def test_text_shows_every_number(report):
         "  attention flex: 3 calls",
         "  fall-back: float64: 2 times",
     ]
+
+
+def test_sparse_and_verified_calls_are_told_by_layer_step_and_head(report):
+    step = StepContext(step=3, num_steps=8, branch="uncond")
+    report.sparse_call(2, step, torch.tensor([0.25, 0.75]))
+    report.sparse_call(5, None, torch.tensor([0.1]))
+    report.verified_call(2, step, torch.tensor(0.2), torch.tensor(0.5), 0.01)
+    report.verified_call(4, step, torch.tensor(0.4), torch.tensor(0.7), 0.01)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["densities"][0] == {
+        "layer": 2, "step": 3, "branch": "uncond", "heads": [0.25, 0.75],
+    }  # fmt: skip
+    assert (data["densities"][1]["layer"], data["densities"][1]["step"]) == (5, None)
+    assert report.mean_density == pytest.approx(0.3)
+    assert data["verified"][1]["error"] == pytest.approx(0.4)
+    text = str(report)
+    assert "mean block density of 2 calls: 30.0%" in text
+    assert "verified at 1.00% of dense: error 0.300 (worst 0.400 in layer 4), recall 60.0%" in text
 
 
 def test_a_recipe_acted_when_it_shrank_something_or_planned_attention(report):

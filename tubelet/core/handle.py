@@ -25,6 +25,7 @@ CAPABILITIES = {
     "class token": "a class token",
     "divided": "divided space-time attention",
     "attention": "an attention call that can be replaced",
+    "generator": "a run of denoising steps",
     **{f"trained {name}": "trained modules of its own" for name in TRAINED},
 }
 """What a recipe may require of a host, in words."""

@@ -4,6 +4,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from tubelet.core.context import StepContext
+
 
 @dataclass
 class Report:
@@ -24,6 +28,38 @@ class Report:
     )
     attention: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    _shares: list[tuple[int, StepContext | None, Tensor]] = field(default_factory=list)
+    _checks: list[tuple[int, StepContext | None, Tensor, Tensor, float]] = field(
+        default_factory=list
+    )
+
+    def sparse_call(self, layer: int, step: StepContext | None, shares: Tensor) -> None:
+        """An attention call computed these shares [H] of its block pairs; not waited for."""
+        self._shares.append((layer, step, shares))
+
+    def verified_call(
+        self, layer: int, step: StepContext | None, error: Tensor, recall: Tensor, cost: float
+    ) -> None:
+        """A call was compared with dense rows; see `tubelet.models.verify`."""
+        self._checks.append((layer, step, error, recall, cost))
+
+    def densities(self) -> list[dict[str, Any]]:
+        """Block density of each sparse call: layer, step, branch, and one number per head."""
+        return [{**_when(layer, step), "heads": s.tolist()} for layer, step, s in self._shares]
+
+    def verified(self) -> list[dict[str, Any]]:
+        """Relative error, recall of softmax mass and cost of each verified call."""
+        return [
+            {**_when(layer, step), "error": float(error), "recall": float(recall), "cost": cost}
+            for layer, step, error, recall, cost in self._checks
+        ]
+
+    @property
+    def mean_density(self) -> float | None:
+        """Mean block density of all sparse calls; None without any."""
+        if not self._shares:
+            return None
+        return sum(float(s.mean()) for _, _, s in self._shares) / len(self._shares)
 
     def start_run(self, tokens: int) -> None:
         """A forward pass begins with `tokens` tokens per sample."""
@@ -79,6 +115,8 @@ class Report:
             "changes": changes,
             "attention": dict(self.attention),
             "fallbacks": dict(self.fallbacks),
+            "densities": self.densities(),
+            "verified": self.verified(),
         }
 
     def __str__(self) -> str:
@@ -92,6 +130,26 @@ class Report:
         for row in self.to_dict()["changes"]:
             before, after = row["before"], row["after"]
             lines.append(f"  {row['recipe']} at {row['site']}: {before:.0f} -> {after:.0f}")
+        if self.mean_density is not None:
+            lines.append(
+                f"mean block density of {len(self._shares)} calls: {self.mean_density:.1%}"
+            )
+        checks = self.verified()
+        if checks:
+            mean = {n: sum(c[n] for c in checks) / len(checks) for n in ("error", "recall", "cost")}
+            worst = max(checks, key=lambda c: c["error"])
+            lines.append(
+                f"verified at {mean['cost']:.2%} of dense: error {mean['error']:.3f} (worst "
+                f"{worst['error']:.3f} in layer {worst['layer']}), recall {mean['recall']:.1%}"
+            )
         lines += [f"  attention {what}: {n} calls" for what, n in self.attention.items()]
         lines += [f"  fall-back: {why}: {n} times" for why, n in self.fallbacks.items()]
         return "\n".join(lines)
+
+
+def _when(layer: int, step: StepContext | None) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "step": None if step is None else step.step,
+        "branch": None if step is None else step.branch,
+    }

@@ -12,7 +12,7 @@ from tubelet.core.errors import (
 from tubelet.core.handle import AttentionOptions, Handle, ModelAdapter
 from tubelet.core.recipe import Recipe
 from tubelet.core.saved import SavedPlan
-from tubelet.models.catalogue import adapter_for, refusal
+from tubelet.models.catalogue import adapter_for, modules_of, refusal
 from tubelet.models.interface import OWNER
 
 _MARK = "_tubelet_handle"
@@ -34,7 +34,8 @@ def accelerate(
     recipes of one stage at different sites.
 
     Args:
-        model: A supported model in eval mode; see `tubelet models`.
+        model: A supported model in eval mode (see `tubelet models`), or a pipeline of diffusers,
+            whose video transformers then share runs, steps and one handle.
         recipes: One or more recipes, or a plan from `load_plan`. None at all is allowed only
             where tubelet brings fused attention that the host lacks (TimeSformer).
         impl, verify, max_error, num_steps: See `tubelet.core.handle.AttentionOptions`.
@@ -60,8 +61,9 @@ def accelerate(
     except BaseException:
         handle.remove()
         raise
-    setattr(model, _MARK, handle)
-    handle.on_remove(lambda: delattr(model, _MARK))
+    for module in modules_of(model):
+        setattr(module, _MARK, handle)
+        handle.on_remove(lambda module=module: delattr(module, _MARK))
     return handle
 
 
@@ -92,11 +94,13 @@ def _check(model: Any, adapter: ModelAdapter, recipes: tuple[Recipe, ...]) -> No
             )
     if not recipes and not adapter.fused_by_tubelet:
         raise RecipeError(f"give at least one recipe to put on {type(model).__name__}")
-    if any(hasattr(module, _MARK) or hasattr(module, OWNER) for module in model.modules()):
+    hosts = modules_of(model)
+    parts = [module for host in hosts for module in host.modules()]
+    if any(hasattr(module, _MARK) or hasattr(module, OWNER) for module in parts):
         raise ConflictError(
             f"this {type(model).__name__} or a part of it is accelerated already; remove() first"
         )
-    if any(weight.is_meta for weight in model.parameters()):
+    if any(weight.is_meta for host in hosts for weight in host.parameters()):
         raise UnsupportedError(f"this {type(model).__name__} has no weights yet (meta device)")
     lacks = adapter.lacks(model)
     for recipe in recipes:

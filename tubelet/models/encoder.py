@@ -55,6 +55,9 @@ class BuiltModel:
     notes: tuple[str, ...] = ()
 
 
+NO_STEPS = {"generator": "an encoder runs once, not in denoising steps"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderAdapter:
     """Facts about a family of video encoders in transformers.
@@ -124,16 +127,14 @@ class EncoderAdapter:
         stated = self.variants()[self.variant_of(self.base_model(model).config.to_dict())]
         modules = {f"trained {name}" for name in TRAINED}
         facts = {need: reason for need, reason in stated.items() if need not in modules}
-        return {**facts, **self.untrained(self.reducers(model))}
+        return {**facts, **NO_STEPS, **self.untrained(self.reducers(model))}
 
     @staticmethod
     def untrained(offered: Container[str] = ()) -> dict[str, str]:
         """The trained modules that are not among those offered, each with the reason."""
-        return {
-            f"trained {name}": f"the model carries no reducers[{name!r}]; `tubelet train` makes it"
-            for name in TRAINED
-            if name not in offered
-        }
+        lacking = [name for name in TRAINED if name not in offered]
+        reason = "the model carries no reducers[{!r}]; `tubelet train` makes it"
+        return {f"trained {name}": reason.format(name) for name in lacking}
 
     def reducers(self, model: Any) -> Mapping[str, Any]:
         """Trained modules that this very model carries: its or its encoder's `reducers`."""

@@ -390,7 +390,7 @@ class EncoderRuntime:
                     site=self.sites[key], grid=self.grid, query=q, key=k, value=v, scale=scale
                 )
             )
-        impl = choose(q, k, v, plan)
+        impl = choose(q, k, v, plan, key_bias=bias)
         what = impl + why
         if attender is not None and not plan.is_dense:
             what = f"{attender}: {what}"
