@@ -56,7 +56,7 @@ def fidelity(
             recipes=_words(recipes, ()),
             tasks=_words(tasks, Request.tasks),
             backgrounds=_words(backgrounds, Request.backgrounds),
-            keeps=_numbers(keep, Request.keeps),
+            keeps=_numbers(keep, Request.keeps, "--keep"),
             clips=clips,
             device=device,
             shard=_shard(shard),
@@ -112,15 +112,149 @@ def generation(
     console.print(f"wrote {files}", soft_wrap=True)
 
 
+@bench.command()
+def attention(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Such as wan-720p; default: by device. Repeatable.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the model's own, to bound time.")
+    ] = None,
+    impl: Annotated[
+        list[str] | None, typer.Option(help="Attention implementation; default: all. Repeatable.")
+    ] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Of random lists, in (0, 1], comma-separated.")
+    ] = None,
+    block: Annotated[
+        list[str] | None, typer.Option(help="Of random lists, such as 128x64. Repeatable.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help='Policy, such as "DraftAttention(density=0.2)". Repeatable.'),
+    ] = None,
+    policy_density: Annotated[
+        float, typer.Option(help="Of all policies with a density, where none is named.")
+    ] = 0.2,
+    kernels: Annotated[bool, typer.Option(help="Measure kernels on random lists.")] = True,
+    policies: Annotated[bool, typer.Option(help="Measure policies, the whole layer.")] = True,
+    inputs: Annotated[
+        str | None, typer.Option(help="Of policies: structured,random or one of them.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed runs per case.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Of inputs and lists.")] = 0,
+    shard: Annotated[str, typer.Option(help="i/n: run every n-th shape, from the i-th.")] = "1/1",
+    quick: Annotated[bool, typer.Option(help="A smoke test of seconds.")] = False,
+    join: Annotated[
+        list[Path] | None, typer.Option(help="Join result files instead. Repeatable.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/attention"),
+    as_json: Json = False,
+) -> None:
+    """Speed of attention: kernels on block lists, and whole layers of sparse policies."""
+    from tubelet.bench.attention.run import Request, join_files, run_attention
+    from tubelet.bench.attention.tables import markdown
+
+    if join:
+        runs = join_files(join, out)
+    else:
+        request = Request(
+            out=out,
+            shapes=tuple(shape or ()),
+            heads=heads,
+            impls=tuple(impl or ()),
+            blocks=Request.blocks if block is None else tuple(map(_block, block)),
+            densities=_numbers(density, Request.densities, "--density"),
+            recipes=tuple(recipe or ()),
+            policy_density=policy_density,
+            kernels=kernels,
+            policies=policies,
+            fields=_words(inputs, Request.fields),
+            repeats=repeats,
+            device=device,
+            seed=seed,
+            shard=_shard(shard),
+            quick=quick,
+        )
+        with progress_bar(quiet=as_json) as tell:
+            runs = run_attention(request, tell)
+    if as_json:
+        return print_json([run.to_dict() for run in runs])
+    console.print(markdown(runs), markup=False, highlight=False, soft_wrap=True)
+    files = ", ".join(str(out / name) for name in ("attention.json", "attention.md"))
+    console.print(f"wrote {files}", soft_wrap=True)
+
+
+@bench.command()
+def forward(
+    preset: Annotated[
+        str, typer.Option(help="Published transformer, random weights.")
+    ] = "wan2.1-14b",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="Policy; default: DraftAttention(density=0.2). Repeatable."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Keep only so many layers, to bound memory.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of the clip.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Of the clip, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of the clip, in pixels.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Attention backend of diffusers for the dense pass.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes, taking turns.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and inputs.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for forward.json.")] = Path("out/forward"),
+    as_json: Json = False,
+) -> None:
+    """One forward pass of a real-size transformer, dense and sparse: predicted, then measured."""
+    from tubelet.bench.attention.forward import ForwardRequest, run_forward
+
+    request = ForwardRequest(
+        out=out,
+        preset=preset,
+        recipes=tuple(recipe or ForwardRequest.recipes),
+        layers=layers,
+        frames=frames,
+        height=height,
+        width=width,
+        backend=backend,
+        repeats=repeats,
+        device=device,
+        seed=seed,
+    )
+
+    def announce(words: str) -> None:
+        if not as_json:
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    with progress_bar(quiet=as_json) as tell:
+        found = run_forward(request, tell, announce)
+    if as_json:
+        return print_json(found)
+    console.print(f"wrote {out / 'forward.json'}", soft_wrap=True)
+
+
+def _block(text: str) -> tuple[int, int]:
+    try:
+        rows, columns = (int(word) for word in text.lower().split("x"))
+    except ValueError:
+        raise TubeletError(f"--block takes sizes such as 128x64, got {text!r}") from None
+    return rows, columns
+
+
 def _words(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     return default if text is None else tuple(w.strip() for w in text.split(",") if w.strip())
 
 
-def _numbers(text: str | None, default: tuple[float, ...]) -> tuple[float, ...]:
+def _numbers(text: str | None, default: tuple[float, ...], option: str) -> tuple[float, ...]:
     try:
         return default if text is None else tuple(float(w) for w in text.split(","))
     except ValueError:
-        raise TubeletError(f"--keep takes numbers such as 0.5,0.25, got {text!r}") from None
+        raise TubeletError(f"{option} takes numbers such as 0.5,0.25, got {text!r}") from None
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Attention at the sizes of video diffusion transformers: kernels, policies, whole models."""

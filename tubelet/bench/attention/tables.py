@@ -1,0 +1,107 @@
+"""The result as Markdown tables."""
+
+from collections.abc import Sequence
+
+from tubelet.bench.attention.result import BASELINES, AttentionRun, Measured, Skipped
+
+_LABELS = {"fa4": "FA4", "sdpa": "SDPA", "flex": "Flex"}
+
+
+def markdown(runs: Sequence[AttentionRun]) -> str:
+    """Kernels, policies and what was left out, shape by shape."""
+    parts = []
+    for run in runs:
+        facts = run.environment
+        versions = ", ".join(
+            f"{name} {facts['versions'][name]}"
+            for name in ("torch", "flash-attn-4", "triton")
+            if name in facts["versions"]
+        )
+        parts.append(
+            f"{facts['hardware']}; {versions}; {run.precision}; medians of {run.repeats} in turns; "
+            f"commit {facts['commit'] or 'unknown'}\n\n`{facts['command']}`"
+        )
+        parts += [f"- {note}" for note in run.notes]
+        for shape in run.shapes:
+            parts.append(
+                f"### {shape['name']}: {shape['tokens']:,} tokens, {shape['heads']} heads x "
+                f"{shape['width']}"
+            )
+            kernels = run.of(shape["name"], "dense") + run.of(shape["name"], "lists")
+            parts += [_kernels(kernels)] if kernels else []
+            policies = run.of(shape["name"], "policy")
+            parts += [_policies(policies)] if policies else []
+            left = [entry for entry in run.skipped if entry.shape == shape["name"]]
+            parts += [_left_out(left)] if left else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _kernels(cases: Sequence[Measured]) -> str:
+    baselines = _baselines(cases)
+    rows = [
+        [
+            case.name,
+            "dense" if case.block is None else f"{case.block[0]} x {case.block[1]}",
+            f"{case.density:.3f}",
+            _milliseconds(case.seconds),
+            f"{case.tflops:.1f}",
+            *(_ratio(case, name) for name in baselines),
+            _small(case.kernel_error),
+        ]
+        for case in cases
+    ]
+    head = ["kernel", "blocks", "density", "ms", "TFLOP/s"]
+    return _table([*head, *(f"over {_LABELS[n]}" for n in baselines), "max error"], rows)
+
+
+def _policies(cases: Sequence[Measured]) -> str:
+    baselines = _baselines(cases)
+    rows = [
+        [
+            case.name,
+            case.field,
+            case.impl if case.block is None else f"{case.impl} {case.block[0]} x {case.block[1]}",
+            f"{case.density:.3f}",
+            *(_milliseconds(x) for x in (case.seconds, case.attention, case.selection, case.first)),
+            *(_ratio(case, name) for name in baselines),
+            "" if case.recall is None else f"{case.recall:.3f}",
+            _small(case.error),
+        ]
+        for case in cases
+    ]
+    head = ["policy", "inputs", "kernel", "density", "layer ms", "attention ms", "selection ms"]
+    over = [f"over {_LABELS[name]}" for name in baselines]
+    return _table([*head, "first step ms", *over, "recall", "error"], rows)
+
+
+def _left_out(skipped: Sequence[Skipped]) -> str:
+    """One line per reason."""
+    names: dict[str, list[str]] = {}
+    for entry in skipped:
+        names.setdefault(entry.reason, []).append(entry.name)
+    shown = {
+        reason: all_[0] if len(all_) == 1 else f"{all_[0]} and {len(all_) - 1} more"
+        for reason, all_ in names.items()
+    }
+    return "\n".join(f"- not measured: {who}: {reason}" for reason, who in shown.items())
+
+
+def _baselines(cases: Sequence[Measured]) -> list[str]:
+    return [name for name in BASELINES if any(name in case.over for case in cases)]
+
+
+def _ratio(case: Measured, name: str) -> str:
+    return f"{case.over[name]:.2f}x" if name in case.over else ""
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value * 1000:.3g}"
+
+
+def _small(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
