@@ -46,25 +46,43 @@ def methods_table() -> str:
 def support_table() -> str:
     """Recipes against models."""
     rows = support()
-    names = list(rows[0]["recipes"])
-    lines = ["| model | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for row in rows:
-        marks = ["yes" if reason is None else "-" for reason in row["recipes"].values()]
-        lines.append(f"| {row['model']} | " + " | ".join(marks) + " |")
+    lines = ["| recipe | " + " | ".join(row["model"] for row in rows) + " |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for name in rows[0]["recipes"]:
+        marks = ["yes" if row["recipes"][name] is None else "-" for row in rows]
+        lines.append(f"| {name} | " + " | ".join(marks) + " |")
+    return "\n".join(lines)
+
+
+def support_summary() -> str:
+    """How many recipes of each stage a model takes."""
+    stages = {row["name"]: row["stage"] for row in methods()}
+    names = list(dict.fromkeys(stages.values()))
+    lines = ["| model | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for row in support():
+        cells = []
+        for stage in names:
+            those = [name for name in stages if stages[name] == stage]
+            taken = sum(row["recipes"][name] is None for name in those)
+            cells.append(f"{taken} of {len(those)}" if taken else "-")
+        lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def refusals() -> str:
-    """Why a recipe does not run on a model, each reason once."""
+    """Why recipes do not run on models, each set of recipes with its reason and models once."""
     seen: dict[tuple[str, str], list[str]] = {}
     for row in support():
         for name, reason in row["recipes"].items():
             if reason is not None:
                 seen.setdefault((row["model"], reason), []).append(name)
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for (model, reason), names in seen.items():
+        grouped.setdefault((", ".join(names), reason), []).append(model)
     return "\n".join(
-        f"- {model}: {', '.join(names)} {'needs' if len(names) == 1 else 'need'} "
-        f"{reason.removeprefix('needs ')}"
-        for (model, reason), names in seen.items()
+        f"- {names} {'needs' if ',' not in names else 'need'} {reason.removeprefix('needs ')} "
+        f"({'; '.join(models)})"
+        for (names, reason), models in grouped.items()
     )
 
 
@@ -195,6 +213,7 @@ def _short(value: object) -> str:
 SECTIONS = {
     "methods": methods_table,
     "support": support_table,
+    "support-summary": support_summary,
     "refusals": refusals,
     "details": details,
     "headline": lambda: figures([HEADLINE]),

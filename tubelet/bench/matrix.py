@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
+from tubelet.core.handle import ModelAdapter
 from tubelet.core.recipe import Recipe, describe_type
 from tubelet.models.catalogue import adapters, refusal
 from tubelet.models.encoder import EncoderAdapter
@@ -15,13 +16,18 @@ def support() -> list[dict[str, Any]]:
         {
             "model": variant,
             "classes": list(adapter.classes),
-            "presets": [n for n, s in adapter.presets.items() if adapter.variant_of(s) == variant],
+            "presets": _presets(adapter, variant),
             "recipes": {name: refusal(cls, lacks) for name, cls in catalogue().items()},
         }
         for adapter in adapters()
-        if isinstance(adapter, EncoderAdapter)
         for variant, lacks in adapter.variants().items()
     ]
+
+
+def _presets(adapter: ModelAdapter, variant: str) -> list[str]:
+    if not isinstance(adapter, EncoderAdapter):
+        return []
+    return [n for n, s in adapter.presets.items() if adapter.variant_of(s) == variant]
 
 
 def methods() -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ CAPABILITIES = {
     "class token": "a class token",
     "divided": "divided space-time attention",
     "attention": "an attention call that can be replaced",
+    "joint": "attention over all tokens of a grid at once",
     "generator": "a run of denoising steps",
     **{f"trained {name}": "trained modules of its own" for name in TRAINED},
 }
@@ -42,6 +43,10 @@ class ModelAdapter(Protocol):
     family: str
     classes: tuple[str, ...]
     fused_by_tubelet: bool
+
+    def variants(self) -> dict[str, dict[str, str]]:
+        """What each kind of model in the family lacks, by the kind's name."""
+        ...
 
     def lacks(self, model: Any) -> dict[str, str]:
         """Capabilities that this very model does not offer, each with the reason."""

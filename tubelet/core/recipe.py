@@ -195,7 +195,7 @@ class SparseAttention(Recipe):
     """
 
     stage: ClassVar[str] = "attention"
-    requires: ClassVar[frozenset[str]] = frozenset({"attention", "grid"})
+    requires: ClassVar[frozenset[str]] = frozenset({"attention", "joint"})
 
     dense_layers: int = param(0, "first layers that stay dense", least=0)
     dense_steps: float = param(
@@ -232,7 +232,7 @@ class AttentionReuse(Recipe):
     """Decides when the plan of an earlier step serves again; goes with a SparseAttention."""
 
     stage: ClassVar[str] = "attention reuse"
-    requires: ClassVar[frozenset[str]] = frozenset({"attention", "generator"})
+    requires: ClassVar[frozenset[str]] = frozenset({"attention", "joint", "generator"})
 
     @abstractmethod
     def reuses(self, ctx: AttentionContext) -> bool:
@@ -244,7 +244,7 @@ class AttentionCompensation(Recipe):
     """Adds terms to a sparse plan that make up for what it leaves out."""
 
     stage: ClassVar[str] = "attention compensation"
-    requires: ClassVar[frozenset[str]] = frozenset({"attention", "generator"})
+    requires: ClassVar[frozenset[str]] = frozenset({"attention", "joint", "generator"})
 
     @abstractmethod
     def compensate(self, ctx: AttentionContext, plan: AttentionPlan) -> AttentionPlan:

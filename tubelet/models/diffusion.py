@@ -26,6 +26,9 @@ Processor = Callable[[Any, Tensor], Any]
 Clock = Callable[[], tuple[float | None, int | None]]
 """Timestep and number of steps that a pipeline tells, None where it does not."""
 
+OFFERED = {"attention", "joint", "generator"}
+"""Capabilities of generators, unless a family says otherwise."""
+
 NO_TOKENS = "recipes that change tokens do not run on generators yet"
 
 
@@ -84,11 +87,16 @@ class DiffusionAdapter:
     missing: Mapping[str, str] = field(default_factory=dict)
     fused_by_tubelet: bool = False
 
+    def variants(self) -> dict[str, dict[str, str]]:
+        """What the family lacks, by its name."""
+        tokens = dict.fromkeys(CAPABILITIES.keys() - OFFERED, NO_TOKENS)
+        return {self.family: {**tokens, **self.missing}}
+
     def lacks(self, model: Any) -> dict[str, str]:
         """Capabilities that this model does not offer, each with the reason."""
-        tokens = dict.fromkeys(CAPABILITIES.keys() - {"attention", "grid", "generator"}, NO_TOKENS)
+        stated = self.variants()[self.family]
         reason = None if "attention" in self.missing else self._foreign(model)
-        return {**tokens, **self.missing, **({} if reason is None else {"attention": reason})}
+        return stated if reason is None else {**stated, "attention": reason}
 
     def _foreign(self, model: Any) -> str | None:
         """What keeps the attention of this very model from being replaced, or None."""

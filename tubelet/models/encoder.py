@@ -57,6 +57,8 @@ class BuiltModel:
 
 NO_STEPS = {"generator": "an encoder runs once, not in denoising steps"}
 
+NOT_JOINT = {"joint": "divided attention joins the frames of a place, then the places of a frame"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderAdapter:
@@ -116,7 +118,7 @@ class EncoderAdapter:
 
     def variants(self) -> dict[str, dict[str, str]]:
         """What each kind of model in the family lacks, by the kind's name."""
-        return {self.family: {**self.missing, **self.untrained()}}
+        return {self.family: {**self.missing, **NO_STEPS, **self.untrained()}}
 
     def variant_of(self, settings: Mapping[str, Any]) -> str:
         """Name of the kind that configuration settings describe."""
@@ -127,7 +129,7 @@ class EncoderAdapter:
         stated = self.variants()[self.variant_of(self.base_model(model).config.to_dict())]
         modules = {f"trained {name}" for name in TRAINED}
         facts = {need: reason for need, reason in stated.items() if need not in modules}
-        return {**facts, **NO_STEPS, **self.untrained(self.reducers(model))}
+        return {**facts, **self.untrained(self.reducers(model))}
 
     @staticmethod
     def untrained(offered: Container[str] = ()) -> dict[str, str]:

@@ -35,6 +35,10 @@ class PipelineAdapter:
     adapters: dict[str, DiffusionAdapter]
     fused_by_tubelet: bool = False
 
+    def variants(self) -> dict[str, dict[str, str]]:
+        """What the families of its transformers lack."""
+        return {k: v for adapter in self.adapters.values() for k, v in adapter.variants().items()}
+
     def lacks(self, model: Any) -> dict[str, str]:
         """What any of its transformers lacks."""
         lacks: dict[str, str] = {}

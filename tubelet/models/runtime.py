@@ -380,7 +380,7 @@ class EncoderRuntime:
         plan = AttentionPlan()
         q, k, v = part
         if attender is not None:
-            if "grid" in attender.requires and q.shape[2] != self.grid.num_tokens:
+            if "joint" in attender.requires and q.shape[2] != self.grid.num_tokens:
                 raise UnsupportedError(
                     f"{attender} needs all {self.grid.num_tokens} tokens of the grid, but a token "
                     f"recipe left {q.shape[2]}; give it earlier layers"

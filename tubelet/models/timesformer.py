@@ -18,7 +18,7 @@ from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
 from tubelet.kernels.attention import attention
 from tubelet.models.divided import DividedRuntime
-from tubelet.models.encoder import ClipSpec, EncoderAdapter
+from tubelet.models.encoder import NO_STEPS, NOT_JOINT, ClipSpec, EncoderAdapter
 from tubelet.models.runtime import EncoderRuntime
 
 
@@ -35,11 +35,20 @@ class TimesformerAdapter(EncoderAdapter):
 
     def variants(self) -> dict[str, dict[str, str]]:
         alone = "space-only attention folds frames into the batch; nothing joins them"
-        everything = ("any subset", "grid", "pixels", "class token", "divided", "attention")
-        return {
+        everything = (
+            "any subset",
+            "grid",
+            "pixels",
+            "class token",
+            "divided",
+            "attention",
+            "joint",
+        )
+        kinds = {
             "TimeSformer, divided": {
                 "any subset": "divided attention needs whole rows of frames and patches, so only "
-                "structured reductions (UniformPool, TESTA) run"
+                "structured reductions (UniformPool, TESTA) run",
+                **NOT_JOINT,
             },
             "TimeSformer, joint": {
                 "divided": "this TimeSformer attends jointly over space and time",
@@ -47,6 +56,7 @@ class TimesformerAdapter(EncoderAdapter):
             },
             "TimeSformer, space-only": dict.fromkeys(everything, alone),
         }
+        return {kind: {**lacks, **NO_STEPS} for kind, lacks in kinds.items()}
 
     def variant_of(self, settings: Mapping[str, Any]) -> str:
         kind = settings.get("attention_type", "divided_space_time")

@@ -12,7 +12,7 @@ from tubelet.core.recipe import Recipe
 from tubelet.kernels.attention import attention
 from tubelet.models.attend_op import CurrentCall, attend, close_place, open_place
 from tubelet.models.attention_runtime import AttentionRuntime
-from tubelet.models.diffusion import NO_TOKENS
+from tubelet.models.diffusion import NO_TOKENS, OFFERED
 from tubelet.models.steps import StepTracker
 
 
@@ -78,9 +78,6 @@ class VideoDiTAdapter:
 
         hook = model.register_forward_pre_hook(begin)
         handle.on_remove(hook.remove)
-
-
-OFFERED = {"attention", "grid", "generator"}
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

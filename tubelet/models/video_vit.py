@@ -10,7 +10,7 @@ from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
 from tubelet.models.divided import DividedRuntime
-from tubelet.models.encoder import BuiltModel, ClipSpec, EncoderAdapter
+from tubelet.models.encoder import NO_STEPS, NOT_JOINT, BuiltModel, ClipSpec, EncoderAdapter
 from tubelet.models.runtime import EncoderRuntime
 from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD, load_weights
 
@@ -29,19 +29,28 @@ class VideoViTAdapter(EncoderAdapter):
             "factorised attention folds tokens by the frames and places of the clip and is not "
             "routed through recipes; use the joint or the divided kind"
         )
-        everything = ("any subset", "grid", "pixels", "class token", "divided", "attention")
+        everything = (
+            "any subset",
+            "grid",
+            "pixels",
+            "class token",
+            "divided",
+            "attention",
+            "joint",
+        )
         kinds = {
             "VideoViT, joint": joint,
             "VideoViT, joint, mean pool": {**joint, **pooled},
             "VideoViT, divided": {
                 "any subset": "divided attention needs whole rows of frames and places, so only "
                 "structured reductions (UniformPool, TESTA) run",
+                **NOT_JOINT,
                 **pooled,
             },
             "VideoViT, factorised": dict.fromkeys(everything, factorised),
         }
-        bare = {kind: {**lacks, **self.untrained()} for kind, lacks in kinds.items()}
-        return {**bare, "VideoViT, joint, with reducers": joint}
+        bare = {kind: {**lacks, **NO_STEPS, **self.untrained()} for kind, lacks in kinds.items()}
+        return {**bare, "VideoViT, joint, with reducers": {**joint, **NO_STEPS}}
 
     def variant_of(self, settings: Mapping[str, Any]) -> str:
         kind = settings.get("attention", "joint")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tubelet import recipes
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import AttentionContext, TokenContext
-from tubelet.core.errors import NoMatchingSitesError, UnsupportedError
+from tubelet.core.errors import UnsupportedError
 from tubelet.core.handle import CAPABILITIES
 from tubelet.core.learned import LearnedPlan
 from tubelet.core.plan import AttentionPlan
@@ -74,11 +74,7 @@ def identity_of(recipe: Recipe) -> Recipe:
 
 def why_refused(model: Any, recipe: Recipe) -> str | None:
     """Why this model does not take this recipe, from what the adapter states; None if it does."""
-    adapter = adapter_for(model)
-    reason = refusal(recipe, adapter.lacks(model))
-    if reason is None and not any(recipe.acts_on(site) for site in adapter.sites(model)):
-        return "found no site"
-    return reason
+    return refusal(recipe, adapter_for(model).lacks(model))
 
 
 def spying(recipe: Recipe, watch: Callable[[Any, Any], None]) -> Recipe:
@@ -222,7 +218,7 @@ def runs_or_is_refused(model: Any, recipe: Recipe, pixels: Tensor) -> None:
 def _refusal_of(model: Any, recipe: Recipe) -> str | None:
     try:
         accelerate(model, recipe).remove()
-    except (UnsupportedError, NoMatchingSitesError) as error:
+    except UnsupportedError as error:
         return str(error)
     return None
 
