@@ -1,5 +1,7 @@
 """Every kernel with block lists on the CPU against a softmax over the expanded mask, in float64."""
 
+from dataclasses import replace
+
 import jaxtyping
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
+from tubelet.core.errors import ShapeError, UnsupportedError
 from tubelet.core.plan import AttentionPlan
 from tubelet.kernels.attention import attention, cpu
 
@@ -260,3 +263,66 @@ def test_a_run_leaves_nothing_behind_for_the_next(impl):
     attention(q, k, v, plans[0], impl=impl)
     again = attention(q, k, v, plans[1], impl=impl)
     assert all(torch.equal(x, y) for x, y in zip(alone, again, strict=True))
+
+
+def half(num, block=16) -> AttentionPlan:
+    table = torch.ones(1, 1, -(-num // block), -(-num // block), dtype=torch.bool).tril()
+    return AttentionPlan(
+        mask=BlockMask.from_dense(table, block=(block, block), num_queries=num, num_keys=num)
+    )
+
+
+def test_a_plan_on_another_device_is_named():
+    q = torch.randn(3, 1, 1, 64, 16)
+    elsewhere = replace(half(64), order=torch.arange(64, device="meta")[None])
+    with pytest.raises(ShapeError, match=r"plan.order is on meta, the queries are on cpu"):
+        attention(*q, elsewhere)
+    with pytest.raises(ShapeError, match=r"plan.mask.counts is on meta"):
+        attention(*q, AttentionPlan(mask=half(64).mask.to("meta")))
+
+
+def test_auto_does_not_walk_into_a_reference_that_cannot_hold_its_logits(monkeypatch):
+    from tubelet.kernels.attention import api
+
+    monkeypatch.setattr(api, "TOO_MANY", 1000)
+    q = torch.randn(3, 1, 1, 64, 16, dtype=torch.float64).requires_grad_()
+    with pytest.raises(UnsupportedError, match=r"would hold 4,096 logits\. .*cpu: .*flex: "):
+        attention(*q, half(64))
+    assert attention(*q, half(64), impl="reference")[0].shape == (1, 1, 64, 16)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "cpu"])
+def test_wide_heads_are_approximated_too(impl):
+    q = torch.randn(3, 1, 2, 64, 300)
+    plan = replace(half(64), approximate=True)
+    out, _ = attention(*q, plan, impl=impl)
+    wanted, _ = attention(*q.double(), plan, impl="reference")
+    assert torch.allclose(out.double(), wanted, atol=1e-4)
+
+
+def test_a_bias_that_learns_goes_where_gradients_go():
+    q, bias = torch.randn(3, 1, 1, 64, 16), torch.zeros(1, 64, requires_grad=True)
+    out, _ = attention(*q, half(64), key_bias=bias)
+    out.square().sum().backward()
+    assert bool(bias.grad.any())
+
+
+def test_gathered_blocks_stay_within_the_cache(monkeypatch):
+    from tubelet.kernels.attention import cpu
+
+    monkeypatch.setattr(cpu, "CACHE", 64 * 1024)
+    gathered = []
+    plain = cpu._extra
+    monkeypatch.setattr(
+        cpu, "_extra", lambda places, *rest: gathered.append(places) or plain(places, *rest)
+    )
+    table = torch.zeros(1, 4, 32, 32, dtype=torch.bool)
+    table[..., 0], table[:, 1:] = True, True
+    mask = BlockMask.from_dense(table, block=(16, 16), num_queries=512, num_keys=512)
+    q = torch.randn(3, 1, 4, 512, 16)
+    out, _ = attention(*q, AttentionPlan(mask=mask), impl="cpu")
+    wanted, _ = attention(*q, AttentionPlan(mask=mask), impl="reference")
+    assert torch.allclose(out, wanted, atol=1e-5)
+    most = max(places.numel() for places in gathered) * 2 * 16 * 16 * 4
+    # One row per thread is always taken, however long its list.
+    assert most <= max(64 * 1024, torch.get_num_threads() * 32 * 2 * 16 * 16 * 4)

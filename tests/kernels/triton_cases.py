@@ -94,6 +94,7 @@ def test_block_means_read_in_any_order(ordered):
 
 REFUSED = {
     "float64": ({"dtype": torch.float64}, (16, 16), "float16, bfloat16 and float32"),
+    "bfloat16": ({"dtype": torch.bfloat16}, (16, 16), "computes bfloat16 wrongly"),
     "block": ({}, (16, 24), "multiples of 16"),
     "width": ({"width": 300}, (16, 16), "up to 256 wide"),
 }

@@ -277,3 +277,31 @@ def test_the_empty_plan_leaves_the_call_to_the_host():
     made = runtime(Nothing())
     made.begin(GRID, at(0))
     assert call(made, inputs())[1]
+
+
+def test_state_is_never_shared_over_other_lengths_or_batches():
+    grid = TokenGrid(frames=4, height=4, width=4, after=9)
+    made = runtime(Counting(), MaskReuse(most=9, tolerance=None))
+    for lengths, batch in (([70], 1), ([66], 1), ([70, 70], 2), ([70], 1)):
+        made.begin(grid, at(0), lengths)
+        call(made, inputs(73, batch))
+    assert made.handle.report().attention["MaskReuse(most=9, tolerance=None): plan reused"] == 1
+
+
+def test_Rettention_gets_its_dense_look_under_a_limit_on_the_error():
+    made, qkv = runtime(HALF, Rettention(refresh=3), verify=4, max_error=0.5), inputs()
+    for step in range(3):
+        made.begin(GRID, at(step))
+        call(made, qkv)
+    report = made.handle.report()
+    assert report.fallbacks["Rettention: dense to compare with"] == 1
+    assert report.attention["Rettention(refresh=3): applied"] == 2
+
+
+def test_recall_is_unknown_where_the_rest_is_approximated():
+    made = runtime(HALF, ZerothOrder(), verify=2)
+    made.begin(GRID, at(0))
+    call(made, inputs())
+    (entry,) = made.handle.report().verified()
+    assert entry["recall"] is None
+    assert "recall" not in str(made.handle.report())

@@ -74,7 +74,7 @@ def test_geometry_of_a_forward_pass(made, name):
     before, after, want = LAYOUTS.get(name, (0, 0, None))
     assert (grid.frames, grid.height, grid.width) == GRID
     assert (grid.before, grid.after, lengths) == (before, after, want)
-    assert (step.step, step.num_steps, step.branch) == (0, None, "cond")
+    assert (step.step, step.num_steps, step.branch) == (0, None, "pass 0")
     assert {shape[2] for _, shape in made[0].attended} == {grid.num_tokens}
 
 

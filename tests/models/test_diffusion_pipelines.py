@@ -160,7 +160,7 @@ PIPELINES = {
     "ltx": (ltx, ("cond_uncond",)),
     "mochi": (mochi, ("cond_uncond",)),
     # Its pipeline names no branch.
-    "allegro": (allegro, ("cond",)),
+    "allegro": (allegro, ("pass 0",)),
 }
 
 

@@ -45,6 +45,35 @@ def test_a_repeated_timestep_is_the_same_step():
     assert Runs().steps(999, 999, 600, 600, 600, 3) == [0, 0, 1, 1, 1, 2]
 
 
+def test_passes_without_a_name_are_numbered_within_a_step():
+    tracker = Runs()
+    names = [tracker.observe(t).branch for t in (999, 999, 600, 600, 3, 3)]
+    assert names == ["pass 0", "pass 1"] * 3
+    assert tracker.count == 1
+
+
+def test_a_branch_that_comes_back_at_the_first_step_begins_a_run():
+    tracker = Runs()
+    for branch in ("cond", "uncond", "cond", "uncond"):
+        assert tracker.observe(999, 0, 4, branch).step == 0
+    assert tracker.count == 2
+    # Later steps may be evaluated twice by second-order samplers.
+    for branch in ("cond", "uncond", "cond", "uncond"):
+        assert tracker.observe(600, 1, 4, branch).step == 1
+    assert tracker.count == 2
+
+
+def test_geometry_is_compared_once_for_all_that_share_a_tracker():
+    tracker = Runs()
+    for timestep in (999, 600, 3):
+        tracker.see((4, 8, 8))
+        tracker.observe(timestep)
+    assert tracker.count == 1
+    tracker.see((2, 8, 8))
+    assert tracker.observe(1).step == 0
+    assert tracker.count == 2
+
+
 def test_a_reset_begins_a_run_even_at_a_smaller_timestep():
     tracker = Runs()
     assert tracker.steps(999, 600) == [0, 1]

@@ -9,7 +9,7 @@ from tubelet.models.attend_op import open_places
 from tubelet.models.catalogue import adapter_for
 from tubelet.nn.dit import VideoDiT, VideoDiTConfig
 from tubelet.nn.flow import generate
-from tubelet.recipes import RandomBlocks, SubBlock, ToMe, ZerothOrder
+from tubelet.recipes import RandomBlocks, Rettention, SubBlock, ToMe, ZerothOrder
 
 ATTRIBUTES = torch.tensor([[1, 2, 3, 1, 0], [0, 1, 2, 3, 1]])
 
@@ -76,3 +76,18 @@ def test_training_under_recipes_is_refused(model):
         out = model(clip, torch.tensor([0.5]), ATTRIBUTES[:1])
         with pytest.raises(UnsupportedError, match="has no gradient"):
             out.sum().backward()
+
+
+def test_a_pass_that_fails_leaves_nothing_to_the_next_run(model, monkeypatch):
+    recipes = (RandomBlocks(density=0.5, block=(16, 16)), Rettention(refresh=4))
+    with tubelet.accelerate(model, *recipes):
+        alone = drawn(model)
+    block = model.blocks[2]
+    with tubelet.accelerate(model, *recipes):
+        monkeypatch.setattr(block, "forward", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            drawn(model)
+        monkeypatch.undo()
+        assert torch.equal(drawn(model), alone)
+    assert not model._forward_hooks
+    assert not model._forward_hooks_always_called

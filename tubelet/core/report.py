@@ -1,5 +1,6 @@
 """What happened where: the record that a handle keeps while the model runs."""
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,9 +49,9 @@ class Report:
         return [{**_when(layer, step), "heads": s.tolist()} for layer, step, s in self._shares]
 
     def verified(self) -> list[dict[str, Any]]:
-        """Relative error, recall of softmax mass and cost of each verified call."""
+        """Relative error, recall of softmax mass (None if unknown) and cost of verified calls."""
         return [
-            {**_when(layer, step), "error": float(error), "recall": float(recall), "cost": cost}
+            {**_when(layer, step), "error": float(error), "recall": _known(recall), "cost": cost}
             for layer, step, error, recall, cost in self._checks
         ]
 
@@ -136,11 +137,13 @@ class Report:
             )
         checks = self.verified()
         if checks:
-            mean = {n: sum(c[n] for c in checks) / len(checks) for n in ("error", "recall", "cost")}
+            mean = {n: sum(c[n] for c in checks) / len(checks) for n in ("error", "cost")}
+            known = [c["recall"] for c in checks if c["recall"] is not None]
+            recall = f", recall {sum(known) / len(known):.1%}" if known else ""
             worst = max(checks, key=lambda c: c["error"])
             lines.append(
                 f"verified at {mean['cost']:.2%} of dense: error {mean['error']:.3f} (worst "
-                f"{worst['error']:.3f} in layer {worst['layer']}), recall {mean['recall']:.1%}"
+                f"{worst['error']:.3f} in layer {worst['layer']}){recall}"
             )
         lines += [f"  attention {what}: {n} calls" for what, n in self.attention.items()]
         lines += [f"  fall-back: {why}: {n} times" for why, n in self.fallbacks.items()]
@@ -153,3 +156,8 @@ def _when(layer: int, step: StepContext | None) -> dict[str, Any]:
         "step": None if step is None else step.step,
         "branch": None if step is None else step.branch,
     }
+
+
+def _known(value: Tensor) -> float | None:
+    number = float(value)
+    return None if math.isnan(number) else number

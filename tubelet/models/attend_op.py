@@ -150,4 +150,6 @@ def _heads_inside(out: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, number: Tensor, scale: float | None = None) -> Tensor:
     """Attention [B, H, N, D] for q, k, v [B, H, N, D] at the place of that number."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # Under autocast norms return float32; fused attention would cast them back.
+    q, k = q.to(v.dtype), k.to(v.dtype)
     return torch.ops.tubelet.attend(q, k, v, scale, number)

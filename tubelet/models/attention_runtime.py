@@ -127,6 +127,7 @@ class AttentionRuntime:
         report = self.handle.report()
         plan = self._plan(crew, ctx, part)
         if plan.is_dense:
+            report.fallbacks[f"{crew.policy.name}: its plan is dense"] += 1
             return None
         if plan.mask is None:
             plan = _without_padding(ctx, plan)
@@ -142,12 +143,12 @@ class AttentionRuntime:
         report.attention[f"{crew.policy}: {impl}"] += 1
         if plan.mask is not None:
             report.sparse_call(ctx.site.layer, ctx.step, _shares(plan.mask))
-        if self.options.verify and self._too_wrong(ctx, plan, out, lse):
-            report.fallbacks[f"{crew.policy.name}: error above {self.options.max_error:g}"] += 1
-            return _dense(ctx)[0]
         if compared:
             assert term is not None
             return self._both(self._context(ctx, term, part), plan, out, lse, term)
+        if self.options.verify and self._too_wrong(ctx, plan, out, lse):
+            report.fallbacks[f"{crew.policy.name}: error above {self.options.max_error:g}"] += 1
+            return _dense(ctx)[0]
         return out
 
     def _plan(self, crew: _Crew, ctx: AttentionContext, part: int) -> AttentionPlan:
@@ -192,7 +193,8 @@ class AttentionRuntime:
 
     def _place(self, ctx: AttentionContext, part: int) -> tuple[Any, ...]:
         branch = None if ctx.step is None else ctx.step.branch
-        return branch, ctx.site.name, ctx.grid, part
+        # What was kept for other tokens or another batch does not fit.
+        return branch, ctx.site.name, ctx.grid, ctx.keys, len(ctx.query), part
 
     def _context(self, ctx: AttentionContext, recipe: Recipe, part: int) -> AttentionContext:
         """The context with the state of this recipe here."""

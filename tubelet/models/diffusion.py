@@ -183,6 +183,9 @@ class _Host:
             self.processors.append((module, module.processor))
             self.handle.on_remove(lambda m=module, p=before: setattr(m, "processor", p))
         self.handle.on_remove(diffusion_hooks.hook(self.model, self.begin, self.end_run))
+        # Called after errors too, with None instead of a result.
+        left = self.model.register_forward_hook(self.leave, always_call=True)
+        self.handle.on_remove(left.remove)
 
     def _open(self, site: Site, processor: Any) -> Place:
         dispatched = hasattr(processor, "_attention_backend")
@@ -196,9 +199,7 @@ class _Host:
         self._check_processors()
         assert self.adapter.layout is not None
         grid, lengths = self.adapter.layout(self.model.config, arguments)
-        before = self.call.grid
-        if before is not None and video_of(before) != video_of(grid):
-            self.tracker.reset()
+        self.tracker.see((grid.frames, grid.height, grid.width))
         self.call.grid, self.call.lengths = grid, lengths
         self.runtime.begin(grid, self._step(arguments["timestep"], context), lengths)
 
@@ -216,25 +217,27 @@ class _Host:
     def _check_processors(self) -> None:
         member = diffusion_hooks.backend()
         for module, ours in self.processors:
-            if (
-                module.processor is not ours
-                or getattr(ours, "_attention_backend", member) != member
-            ):
+            changed = module.processor is not ours
+            if hasattr(ours, "_attention_backend"):
+                parallel = not isinstance(ours._parallel_config, Tensor)
+                changed |= ours._attention_backend != member or parallel
+            if changed:
                 raise UnsupportedError(
                     f"the attention processors or back-end of this {type(self.model).__name__} "
                     "were changed under recipes; remove() the recipes first"
                 )
+
+    def leave(self, model: Any, given: Any, result: Any) -> None:
+        """A forward pass is over; one that failed breaks its run off."""
+        self.call.grid = self.call.lengths = None
+        if result is None:
+            self.end_run()
 
     def end_run(self) -> None:
         """The pipeline is done."""
         self.tracker.reset()
         self.call.grid = self.call.lengths = None
         self.runtime.end_run()
-
-
-def video_of(grid: TokenGrid) -> tuple[int, int, int]:
-    """Frames, height and width."""
-    return grid.frames, grid.height, grid.width
 
 
 def patched(shape: Sequence[int], patch: Sequence[int], **extra: int) -> TokenGrid:

@@ -19,7 +19,8 @@ class Checked:
 
     Args:
         error: Scalar, |O - O_dense| / |O_dense| over the rows of all samples and heads.
-        recall: Scalar, mean share of the dense softmax that the plan computes, in [0, 1].
+        recall: Scalar, mean share of the dense softmax that the plan computes, in [0, 1]; NaN
+            where the plan approximates the rest, since its log-sum-exp counts that too.
         cost: Share of the dense call's work that the check took.
     """
 
@@ -59,6 +60,8 @@ def check_rows(
     dense, found = dense.float(), _rows(out, index).float()
     error = (found - dense).norm() / dense.norm().clamp(min=torch.finfo(torch.float32).tiny)
     recall = (lse.gather(2, index) - whole).exp().clamp(max=1).mean()
+    if plan.approximate:
+        recall = torch.full_like(recall, torch.nan)
     return Checked(error=error, recall=recall, cost=tokens.shape[1] / ctx.query.shape[2])
 
 

@@ -71,13 +71,24 @@ class VideoDiTAdapter:
         def begin(module: Any, given: tuple[Any, ...]) -> None:
             noisy, time = given[:2]
             grid = model.grid(noisy)
+            tracker.see((grid.frames, grid.height, grid.width))
             # Time rises from noise to data; both branches of guidance come as one batch.
-            step = tracker.observe(-float(time[0]), None, handle.options.num_steps, "cond_uncond")
+            step = tracker.observe(-float(time[0]), None, handle.options.num_steps)
             call.grid = grid
             runtime.begin(grid, step)
 
-        hook = model.register_forward_pre_hook(begin)
-        handle.on_remove(hook.remove)
+        def leave(module: Any, given: Any, result: Any) -> None:
+            call.grid = None
+            if result is None:
+                tracker.reset()
+                runtime.end_run()
+
+        for hook in (
+            model.register_forward_pre_hook(begin),
+            # Called after errors too, with None instead of a result.
+            model.register_forward_hook(leave, always_call=True),
+        ):
+            handle.on_remove(hook.remove)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -185,7 +185,7 @@ def units_in_blocks(
     """
     table = torch.zeros(-(-num // block), num_units, dtype=torch.bool, device=unit.device)
     rows = torch.arange(num, device=unit.device) // block
-    return table.index_put((rows, unit[:num]), torch.tensor(True, device=unit.device))
+    return table.index_put((rows, unit[:num]), table.new_ones(()))
 
 
 def spread(kept: Bool[Tensor, "*batch u w"], rows: Bool[Tensor, "m u"]) -> Tensor:

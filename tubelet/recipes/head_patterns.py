@@ -142,7 +142,9 @@ class SparseVDiT(BlockPolicy):
             names = profile_of(self.profile, self.name, ctx.site.layer, ctx.query.shape[1])
             if not set(names) <= set(PATTERNS):
                 raise RecipeError(f"{self.profile} must name {', '.join(PATTERNS)}, got {names}")
-            return torch.tensor([[PATTERNS.index(n) for n in names]], device=ctx.query.device)
+            # Not waited for, as a plain copy to a device would be.
+            found = torch.tensor([[PATTERNS.index(n) for n in names]])
+            return found.to(ctx.query.device, non_blocking=True)
         if "pattern" not in ctx.state:
             ctx.state["pattern"] = self._search(call, tables)
         return ctx.state["pattern"]

@@ -28,6 +28,9 @@ class DraftAttention(BlockPolicy):
     a draft map. The threshold holds for the whole map of a head, so rows with concentrated
     attention get more blocks than others. A row's own block and its best one always stay.
     Authors' settings: density 0.25 for Wan, 0.1 for HunyuanVideo.
+    Gap from paper: blocks are cut every 128 tokens of the regions' order. Where regions divide a
+    frame these are the regions; elsewhere (45 rows by 8) most blocks straddle two or three of
+    them, where the paper's code pads or refuses.
     Not settled: dense steps stand for the authors' "timestep > 925" at a flow shift of 5.
     """
 
@@ -94,6 +97,8 @@ class SpargeAttention(OrderedPolicy):
 class NABLA(BlockPolicy):
     """Keep the blocks that make up most of the pooled softmax, and a sliding window of tiles.
 
+    Gap from paper: where tiles do not divide the grid, blocks straddle them, and the window keeps
+    every block it touches.
     Not settled: defaults are remembered from the settings of Kandinsky 5; the paper was not at
     hand. The window is clamped at the borders as in `SlidingTile`.
     """

@@ -216,7 +216,10 @@ def _shard(shapes: list[Shape], shard: tuple[int, int]) -> list[Shape]:
 
 
 def _notes(request: Request) -> list[str]:
-    notes = ["the time of flex with lists includes turning them into its own format"]
+    notes = [
+        "the time of flex with lists includes turning them into its own format",
+        "policies are timed late in a run: a search at an earlier step shows under first step only",
+    ]
     if request.quick:
         notes.insert(0, "a smoke test: sizes too small to conclude anything")
     if request.heads is not None:

@@ -29,6 +29,9 @@ PREFERENCES = {
 }
 """Fastest first: the order in which `impl="auto"` asks, without and with a block mask."""
 
+TOO_MANY = 2**31
+"""Logits beyond which the reference has to be asked for by name."""
+
 
 def attention(
     q: Float[Tensor, "b h n d"],
@@ -51,7 +54,8 @@ def attention(
             the mask skips never matters, NaN included, except to compensation.
         scale: Factor on the logits, default D ** -0.5; divided by the plan's temperature.
         causal: Query i sees keys 0..i; needs as many queries as keys.
-        key_bias: Added to every logit of a key, float32; -inf excludes the key.
+        key_bias: Added to every logit of a key, float32; -inf excludes the key, whose tensors
+            must still be finite.
         impl: "auto" or a name in IMPLEMENTATIONS. A named one is never replaced by another;
             only the few dense rows of `plan.delta_rows` go elsewhere when it takes lists only.
 
@@ -71,7 +75,7 @@ def attention(
     call = _ordered(_call(q, k, v, plan, causal, key_bias, scale), plan.order)
     out, lse = IMPLEMENTATIONS[name].run(call)
     if plan.approximate:
-        out, lse = approximated(call, out, lse)
+        out, lse = approximated(call, out, lse, name)
     if plan.delta_rows is not None and call.mask is not None:
         out = _with_delta_rows(call, out, plan.delta_rows, name)
     if plan.order is not None:
@@ -145,7 +149,15 @@ def _call(
 
 def _preferred(call: Call) -> str:
     names = PREFERENCES["dense" if call.mask is None else "block lists"]
-    return next(name for name in names if IMPLEMENTATIONS[name].refuses(call) is None)
+    reasons = {name: IMPLEMENTATIONS[name].refuses(call) for name in names}
+    name = next(name for name in names if reasons[name] is None)
+    logits = call.q.shape[:3].numel() * call.k.shape[2]
+    if name == "reference" and logits > TOO_MANY:
+        why = "; ".join(f"{other}: {reason}" for other, reason in reasons.items() if reason)
+        raise UnsupportedError(
+            f"only the reference takes this call, and it would hold {logits:,} logits. {why}"
+        )
+    return name
 
 
 def _ordered(call: Call, order: Tensor | None) -> Call:

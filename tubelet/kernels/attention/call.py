@@ -38,4 +38,5 @@ class Call:
     @property
     def wants_gradient(self) -> bool:
         """Whether a backward pass may follow."""
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+        tensors = (self.q, self.k, self.v, self.key_bias)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tubelet.core.errors import ShapeError, UnsupportedError
-from tubelet.core.plan import AttentionPlan
+from tubelet.core.plan import RANKS, AttentionPlan
 
 
 def check(
@@ -17,6 +17,7 @@ def check(
     for name, bias in (("key_bias", key_bias), ("plan.bias", plan.bias)):
         if bias is not None and bias.shape != wanted:
             raise ShapeError(f"{name} must be [batch, keys] = {wanted}, got {tuple(bias.shape)}")
+    _check_devices(q, plan, key_bias)
     _check_mask(q, k, plan)
     _check_order(q, k, plan, key_bias, causal)
     _check_compensation(q, v, plan, key_bias, causal)
@@ -32,6 +33,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShapeError(f"query heads must be a multiple of key heads, none empty: {shapes}")
     if len({q.dtype, k.dtype, v.dtype}) > 1 or len({q.device, k.device, v.device}) > 1:
         raise ShapeError("attention inputs must share one dtype and one device")
+
+
+def _check_devices(q: Tensor, plan: AttentionPlan, key_bias: Tensor | None) -> None:
+    named = {f"plan.{name}": getattr(plan, name) for name in RANKS}
+    if plan.mask is not None:
+        named |= {"plan.mask.counts": plan.mask.counts, "plan.mask.indices": plan.mask.indices}
+    for name, value in {"key_bias": key_bias, **named}.items():
+        if value is not None and value.device != q.device:
+            raise ShapeError(f"{name} is on {value.device}, the queries are on {q.device}")
 
 
 def _check_mask(q: Tensor, k: Tensor, plan: AttentionPlan) -> None:

@@ -109,9 +109,12 @@ def _batches(
     bytes_per_block = 2 * blocks.keys[0].numel() * blocks.keys.element_size()
     start = next((i for i, n in enumerate(lengths) if n), len(lengths))
     while start < len(lengths):
-        size = max(torch.get_num_threads(), CACHE // (lengths[start] * bytes_per_block))
-        some = order[start : start + size]
-        start += len(some)
+        end = min(start + torch.get_num_threads(), len(lengths))
+        # All lists of a batch are padded to the longest, its last.
+        while end < len(lengths) and (end + 1 - start) * lengths[end] * bytes_per_block <= CACHE:
+            end += 1
+        some = order[start:end]
+        start = end
         longest = lengths[start - 1]
         sample, head = some // (heads * rows), some // rows % heads
         listed = lists[sample, head, some % rows, :longest].long()

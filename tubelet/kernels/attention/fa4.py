@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
 from tubelet.kernels.attention.call import Call
+from tubelet.kernels.triton_support import on_device
 
 WIDTHS = (64, 128)
 """Head widths that were tested."""
@@ -33,7 +34,8 @@ def refuses(call: Call) -> str | None:
         return f"FlashAttention-4 needs an NVIDIA GPU, the tensors are on {q.device.type!r}"
     capability = torch.cuda.get_device_capability(q.device)
     if capability[0] not in (9, 10):
-        return f"FlashAttention-4 ignores block lists on sm_{capability[0]}{capability[1]}"
+        what = "is not used" if mask is None else "ignores block lists"
+        return f"FlashAttention-4 {what} on sm_{capability[0]}{capability[1]}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention-4 takes float16 and bfloat16, not {q.dtype}"
     if q.shape[3] != call.v.shape[3] or q.shape[3] not in WIDTHS:
@@ -64,7 +66,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         if mask.indices.shape[3] == 0:
             mask = replace(mask, indices=mask.counts[..., None])
         # Every listed block is computed whole; the list of partly masked ones stays empty.
-        none = torch.zeros_like(mask.counts)
+        none = torch.zeros_like(mask.counts, memory_format=torch.contiguous_format)
         lists = BlockSparseTensorsTorch(
             mask_block_cnt=none,
             mask_block_idx=none[..., None],
@@ -72,15 +74,16 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
             full_block_idx=mask.indices.contiguous(),
             block_size=block,
         )
-    out, lse = flash_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale=call.scale,
-        pack_gqa=None if lists is None else False,
-        block_sparse_tensors=lists,
-        return_lse=True,
-    )[:2]
+    with on_device(q):
+        out, lse = flash_attn_func(
+            q,
+            k,
+            v,
+            softmax_scale=call.scale,
+            pack_gqa=None if lists is None else False,
+            block_sparse_tensors=lists,
+            return_lse=True,
+        )[:2]
     return out.transpose(1, 2), lse
 
 

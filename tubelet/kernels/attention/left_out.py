@@ -11,13 +11,12 @@ from tubelet.kernels.attention import triton_blocks
 from tubelet.kernels.attention.call import Call
 from tubelet.kernels.attention.merge import merge
 from tubelet.kernels.pool import block_means
-from tubelet.kernels.triton_support import unavailable
 
 LOGITS = 2**24
 """Logits of means that are held at once."""
 
 
-def approximated(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def approximated(call: Call, out: Tensor, lse: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """A sparse result with the blocks left out added to zeroth order.
 
     Key block j of n_j tokens that is left out for a query adds exp(scale q . mean_j(k)) n_j to
@@ -26,6 +25,7 @@ def approximated(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         call: Without a key bias.
         out, lse: What an implementation returned for it.
+        impl: That implementation; after "fa4" and "triton" a Triton kernel goes on where it can.
 
     Source:
         Sol-Attn (arXiv:2607.24027).
@@ -33,8 +33,7 @@ def approximated(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     mask = call.mask
     assert mask is not None
     k_mean, v_mean = (block_means(x, mask.block[1]) for x in (call.k, call.v))
-    fast = unavailable(call.q.device) is None and mask.block[0] % 16 == 0
-    if fast and call.q.dtype != torch.float64 and not call.wants_gradient:
+    if impl in ("fa4", "triton") and triton_blocks.adds_left_out(call):
         k_mean, v_mean = k_mean.to(call.q.dtype), v_mean.to(call.q.dtype)
         return triton_blocks.add_left_out(out, lse, call.q, k_mean, v_mean, mask, call.scale)
     part, part_lse = _left_out(call, mask, k_mean, v_mean)

@@ -84,5 +84,7 @@ def _variable_length(
 @lru_cache(maxsize=16)
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     # One copy to the device per set of lengths, not one per layer, and the host waits for none.
-    starts = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0).int()
-    return starts.pin_memory().to(device, non_blocking=True)
+    # A tensor made in inference mode could not serve a later training step.
+    with torch.inference_mode(False):
+        starts = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0).int()
+        return starts.pin_memory().to(device, non_blocking=True)

@@ -40,6 +40,8 @@ def received_attention(
     """
     groups = q.shape[1] // k.shape[1]
     keys = k.repeat_interleave(groups, dim=1) if groups > 1 else k
+    # A query without keys gives nothing to any.
+    lse = lse.masked_fill(lse.isneginf(), torch.inf)
     shift = -lse if weight is None else weight.float().log()[:, None] - lse
     # The bias differs per head, so heads move into the batch; these are views.
     fold = [x.reshape(-1, 1, *x.shape[2:]) for x in (keys, q)]

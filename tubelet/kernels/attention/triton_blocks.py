@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
 from tubelet.kernels.attention.call import Call
-from tubelet.kernels.triton_support import unavailable
+from tubelet.kernels.triton_support import on_device, unavailable
 
 WIDEST = 256
 """Head width beyond which a tile does not fit into shared memory."""
@@ -28,12 +28,19 @@ def refuses(call: Call) -> str | None:
     """Why these inputs cannot run here, or None."""
     if call.mask is None:
         return "the Triton kernel is for block lists only"
+    reason = _refuses_tensors(call)
+    if reason is None and any(size % 16 for size in call.mask.block):
+        return f"the Triton kernel wants blocks that are multiples of 16, got {call.mask.block}"
+    return reason
+
+
+def _refuses_tensors(call: Call) -> str | None:
     if (reason := unavailable(call.q.device)) is not None:
         return reason
+    if call.q.device.type == "cpu" and call.q.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
     if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernel takes float16, bfloat16 and float32, not {call.q.dtype}"
-    if any(size % 16 for size in call.mask.block):
-        return f"the Triton kernel wants blocks that are multiples of 16, got {call.mask.block}"
     if max(call.q.shape[3], call.v.shape[3]) > WIDEST:
         return f"the Triton kernel takes heads up to {WIDEST} wide"
     if call.causal:
@@ -59,21 +66,28 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     out = q.new_empty(batch, num, heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(batch, heads, num, dtype=torch.float32)
     tiles, shape = _shapes(q, v, mask.block)
-    block_attention[(-(-num // tiles["TQ"]), batch * heads)](
-        *(q, k, v, out, lse, counts, indices, lse if bias is None else bias),
-        *(step for x in (q, k, v, out) for step in x.stride()[:3]),
-        *(_shared_steps(counts)[:2] + _shared_steps(indices)[:3]),
-        0 if bias is None else bias.stride(0),
-        *(heads, call.groups, num, mask.num_keys, call.scale * math.log2(math.e)),
-        BQ=mask.block[0],
-        BK=mask.block[1],
-        BIASED=bias is not None,
-        TAIL=mask.num_keys % mask.block[1] != 0,
-        **tiles,
-        **shape,
-        **_launch(q, tiles, shape),
-    )
+    with on_device(q):
+        block_attention[(-(-num // tiles["TQ"]) * batch * heads,)](
+            *(q, k, v, out, lse, counts, indices, lse if bias is None else bias),
+            *(step for x in (q, k, v, out) for step in x.stride()[:3]),
+            *(_shared_steps(counts)[:2] + _shared_steps(indices)[:3]),
+            0 if bias is None else bias.stride(0),
+            *(heads, call.groups, num, mask.num_keys, call.scale * math.log2(math.e)),
+            BQ=mask.block[0],
+            BK=mask.block[1],
+            BIASED=bias is not None,
+            TAIL=mask.num_keys % mask.block[1] != 0,
+            **tiles,
+            **shape,
+            **_launch(q, tiles, shape),
+        )
     return out, lse
+
+
+def adds_left_out(call: Call) -> bool:
+    """Whether `add_left_out` takes this call; it asks nothing of the size of key blocks."""
+    assert call.mask is not None
+    return call.mask.block[0] % 16 == 0 and _refuses_tensors(call) is None
 
 
 def add_left_out(
@@ -106,17 +120,18 @@ def add_left_out(
     columns = mask.grid[1]
     tail = mask.num_keys - (columns - 1) * mask.block[1]
     tiles, shape = _shapes(q, v_mean, (mask.block[0], 64))
-    triton_kernels.add_left_out[(-(-num // tiles["TQ"]), batch * heads)](
-        *(q, k_mean, v_mean, table, out, lse),
-        *(step for x in (q, out) for step in x.stride()[:3]),
-        *_shared_steps(table)[:2],
-        *(heads, heads // k_mean.shape[1], num, columns, scale * math.log2(math.e)),
-        *(math.log2(mask.block[1]), math.log2(tail)),
-        BQ=mask.block[0],
-        **tiles,
-        **shape,
-        **_launch(q, tiles, shape),
-    )
+    with on_device(q):
+        triton_kernels.add_left_out[(-(-num // tiles["TQ"]) * batch * heads,)](
+            *(q, k_mean, v_mean, table, out, lse),
+            *(step for x in (q, out) for step in x.stride()[:3]),
+            *_shared_steps(table)[:2],
+            *(heads, heads // k_mean.shape[1], num, columns, scale * math.log2(math.e)),
+            *(math.log2(mask.block[1]), math.log2(tail)),
+            BQ=mask.block[0],
+            **tiles,
+            **shape,
+            **_launch(q, tiles, shape),
+        )
     return out, lse
 
 

@@ -86,10 +86,12 @@ def block_attention(
 ):  # fmt: skip
     """Attention of one query tile over the key blocks of its list.
 
-    Grid: (query tiles, batch x heads). Lists hold a ragged last key block at their end (TAIL).
+    Grid: batch x heads x query tiles. Lists hold a ragged last key block at their end (TAIL).
     `scale` includes log2(e). LSE is contiguous [B, H, N].
     """
-    tile, bh = tl.program_id(0), tl.program_id(1)
+    # One axis, because CUDA takes no more than 65,535 along the others.
+    tiles = tl.cdiv(num_queries, TQ)
+    tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = bh // heads, bh % heads
     g = h // groups
     block = tile // (BQ // TQ)
@@ -157,11 +159,13 @@ def add_left_out(
 ):  # fmt: skip
     """Continue the softmax that ended in OUT and LSE with the mean of each block left out.
 
-    Grid: (query tiles, batch x heads). KMEAN [B, G, columns, D], VMEAN [B, G, columns, E] and
+    Grid: batch x heads x query tiles. KMEAN [B, G, columns, D], VMEAN [B, G, columns, E] and
     LSE are contiguous; KEPT is uint8 [.., rows, columns], 1 where a block was computed.
     `log_block` and `log_tail` are log2 of the tokens in a block and in the last one.
     """
-    tile, bh = tl.program_id(0), tl.program_id(1)
+    # One axis, because CUDA takes no more than 65,535 along the others.
+    tiles = tl.cdiv(num_queries, TQ)
+    tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = bh // heads, bh % heads
     block = tile // (BQ // TQ)
     start = tile * TQ

@@ -12,8 +12,9 @@ def block_means(
     X, ORDER, MEANS, x_batch, x_head, x_row, x_channel, order_head, heads, num, blocks, block,
     ORDERED: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, PD: tl.constexpr,
 ):  # fmt: skip
-    """Mean of the tokens of one block of one head. Grid: (blocks, batch x heads)."""
-    this, bh = tl.program_id(0), tl.program_id(1)
+    """Mean of the tokens of one block of one head. Grid: batch x heads x blocks."""
+    # One axis, because CUDA takes no more than 65,535 along the others.
+    this, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = bh // heads, bh % heads
     base = X + b.to(tl.int64) * x_batch + h.to(tl.int64) * x_head
     channels = tl.arange(0, PD)

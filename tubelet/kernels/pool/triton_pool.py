@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tubelet.kernels.triton_support import unavailable
+from tubelet.kernels.triton_support import on_device, unavailable
 
 
 def refuses(x: Tensor) -> str | None:
@@ -25,14 +25,15 @@ def run(x: Tensor, block: int, order: Tensor | None, num: int) -> Tensor:
     blocks = -(-num // block)
     means = x.new_empty(batch, heads, blocks, width, dtype=torch.float32)
     places = None if order is None else order.contiguous()
-    block_means[(blocks, batch * heads)](
-        *(x, x if places is None else places, means),
-        *x.stride(),
-        0 if places is None or places.shape[0] == 1 else places.stride(0),
-        *(heads, num, blocks, block),
-        ORDERED=places is not None,
-        TILE=min(64, 1 << (block - 1).bit_length()),
-        D=width,
-        PD=1 << (width - 1).bit_length(),
-    )
+    with on_device(x):
+        block_means[(blocks * batch * heads,)](
+            *(x, x if places is None else places, means),
+            *x.stride(),
+            0 if places is None or places.shape[0] == 1 else places.stride(0),
+            *(heads, num, blocks, block),
+            ORDERED=places is not None,
+            TILE=min(64, 1 << (block - 1).bit_length()),
+            D=width,
+            PD=1 << (width - 1).bit_length(),
+        )
     return means
