@@ -15,7 +15,7 @@ DEVICE ?= cpu
 
 run: $(BIN)/.ready
 	$(BIN)/tubelet compare "$(CLIP)" --model $(MODEL) --batch $(BATCH) --out "$(OUT)" $(ARGS)
-	$(BIN)/tubelet generate "$(PROMPT)" --steps 8 --out "$(OUT)/generated.mp4"
+	$(BIN)/tubelet compare "$(PROMPT)" --model tubelet-dit --out "$(OUT)/generator"
 
 test: $(BIN)/.ready
 	$(BIN)/python -m pytest -q $(ARGS)

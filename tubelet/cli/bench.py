@@ -83,6 +83,10 @@ def generation(
     pairs: Annotated[int, typer.Option(min=1, help="Clips drawn in every way.")] = 24,
     steps: Annotated[int, typer.Option(min=2, help="Euler steps of the dense run.")] = 24,
     guidance: Annotated[float, typer.Option(min=0, help="1 turns guidance off.")] = 2.0,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="Sparse attention; join with + to combine. Repeatable."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     quick: Annotated[bool, typer.Option(help="A smoke test on a few small clips.")] = False,
     yes: Annotated[bool, typer.Option(help="Run for long on a CPU.")] = False,
@@ -99,6 +103,7 @@ def generation(
         pairs=pairs,
         steps=steps,
         guidance=guidance,
+        recipes=tuple(recipe or ()),
         device=device,
         quick=quick,
         yes=yes,

@@ -20,10 +20,12 @@ from tubelet.bench.environment import environment
 from tubelet.bench.fidelity.generation_result import FILES, Generation, Outcome, label_of
 from tubelet.bench.fidelity.generation_tables import write_generation
 from tubelet.bench.fidelity.run import PATIENCE, in_words
+from tubelet.bench.generators.combinations import name_of, read_combinations, refuse_early
 from tubelet.bench.measure import seconds
 from tubelet.bench.quality import fidelity
 from tubelet.core.errors import TubeletError
 from tubelet.core.files import check_folder
+from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
 from tubelet.kernels.attention import attention
 from tubelet.models.accelerate import accelerate
@@ -78,6 +80,7 @@ class GenerationRequest:
     device: str = "cpu"
     quick: bool = False
     yes: bool = False
+    recipes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -87,6 +90,7 @@ class _Drawn:
     pixels: list[Tensor] = field(default_factory=list)
     state: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
+    density: float | None = None
 
 
 def make_variants(
@@ -131,20 +135,23 @@ def run_generation(request: GenerationRequest, progress: Progress) -> Generation
     """Measure and write `generation.json`, `generation.html` and `generation.md`.
 
     Raises:
-        TubeletError: Unknown or damaged model, a number out of range, a folder that cannot be
-            written, or a long run on a CPU that was not confirmed.
+        TubeletError: Unknown or damaged model or recipe, a number out of range, a folder that
+            cannot be written, or a long run on a CPU that was not confirmed.
     """
     for name, value, least in (("pairs", request.pairs, 1), ("steps", request.steps, 2)):
         if value < least:
             raise TubeletError(f"{name} must be at least {least}, got {value}")
+    accelerated = [(name_of(recipes), recipes) for recipes in read_combinations(request.recipes)]
     check_folder(request.out, FILES)
     device = checked_device(request.device)
     progress("loading the model", 0, 1)
     model = load_weights(request.model, expect="VideoDiT", device=device)
     if tuple(model.config.attributes) != tuple(len(v) for v in ATTRIBUTES.values()):
         raise TubeletError(f"{request.model} was not trained on the attributes of tubelet's world")
+    refuse_early(model, [recipes for _, recipes in accelerated])
     checksum = read_card(request.model).sha256
-    found = measure(request, model, checksum, make_variants(request.steps, device), progress)
+    ways = make_variants(request.steps, device, accelerated)
+    found = measure(request, model, checksum, ways, progress)
     write_generation(request.out, found)
     return found
 
@@ -218,21 +225,26 @@ def _draw(
             callback=keep,
         )
 
-    with _prepared(model, way):
+    with _prepared(model, way) as handle:
         draw(0, 1)
+        warm_ups = len(handle.report().densities()) if isinstance(handle, Handle) else 0
         for first in range(0, len(attributes), batch):
             start = time.perf_counter()
             pixels = draw(first, way.steps).cpu()
             drawn.seconds += time.perf_counter() - start
             drawn.pixels.append(pixels)
             drawn.state.append(last[0].cpu())
+        if isinstance(handle, Handle):
+            calls = handle.report().densities()[warm_ups:]
+            shares = [share for call in calls for share in call["heads"]]
+            drawn.density = sum(shares) / len(shares) if shares else None
     return drawn
 
 
 def _prepared(model: nn.Module, way: Way) -> AbstractContextManager[Any]:
     """The model with the way's kernel or recipes on it."""
     if way.recipes:
-        return accelerate(model, *way.recipes)
+        return accelerate(model, *way.recipes, num_steps=way.steps)
     if way.kernel is None:
         return nullcontext()
     stack, kernel = ExitStack(), _Kernel(way.kernel)
@@ -274,6 +286,7 @@ def _outcome(way: Way, drawn: _Drawn, reference: _Drawn, attributes: Tensor) -> 
         calls=way.calls,
         seconds=drawn.seconds / len(ours),
         exact=bool(torch.equal(state, dense_state)),
+        density=drawn.density,
         figures={
             "psnr": measured.psnr.tolist(),
             "ssim": measured.ssim.tolist(),

@@ -48,6 +48,7 @@ class Outcome:
         exact: Every last state equals the dense one bit for bit.
         figures: A value per pair, by the keys of `FIGURES`.
         label: "exact", "lossless to rounding" or "lossy".
+        density: Mean share of the block pairs of sparse attention calls; None without any.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Outcome:
     exact: bool
     figures: dict[str, list[float]]
     label: str = ""
+    density: float | None = None
 
     def middle(self, figure: str) -> Interval:
         """Median over pairs with its bootstrap interval; of shares the mean."""

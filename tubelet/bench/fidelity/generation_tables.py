@@ -13,6 +13,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
+DENSITY = "density"
+"""A last column, where any way was sparse."""
+
+
+def columns(found: Generation) -> tuple[str, ...]:
+    """Headers of the table."""
+    return (*COLUMNS, DENSITY) if _any_sparse(found) else COLUMNS
+
+
+def rows(found: Generation) -> list[list[str]]:
+    """Texts of every way, in the order of `columns`."""
+    sparse = _any_sparse(found)
+    return [
+        [*cells(outcome), *([_density(outcome)] if sparse else [])] for outcome in found.outcomes
+    ]
+
+
 def write_generation(out: Path, found: Generation) -> None:
     """The three files of a result."""
     out.mkdir(parents=True, exist_ok=True)
@@ -23,9 +40,9 @@ def write_generation(out: Path, found: Generation) -> None:
 
 def generation_table(found: Generation) -> str:
     """Every way against the dense run, as Markdown."""
-    lines = [heading(found), "", "| " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---|---" + "|---:" * (len(COLUMNS) - 2) + "|")
-    lines += ["| " + " | ".join(cells(outcome)) + " |" for outcome in found.outcomes]
+    lines = [heading(found), "", "| " + " | ".join(columns(found)) + " |"]
+    lines.append("|---|---" + "|---:" * (len(columns(found)) - 2) + "|")
+    lines += ["| " + " | ".join(texts) + " |" for texts in rows(found)]
     lines += [""] + [f"- {note}" for note in found.notes]
     return "\n".join(lines).rstrip()
 
@@ -73,11 +90,19 @@ def page(found: Generation) -> str:
         "generation.html.jinja",
         found=found,
         heading=heading(found),
-        columns=COLUMNS,
-        rows=[cells(outcome) for outcome in found.outcomes],
+        columns=columns(found),
+        rows=rows(found),
         chart=draw(_chart(found)),
         meanings=FIGURES,
     )
+
+
+def _any_sparse(found: Generation) -> bool:
+    return any(outcome.density is not None for outcome in found.outcomes)
+
+
+def _density(outcome: Outcome) -> str:
+    return "-" if outcome.density is None else f"{outcome.density:.1%}"
 
 
 def _chart(found: Generation) -> Chart:

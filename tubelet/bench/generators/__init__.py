@@ -1,0 +1,1 @@
+"""`tubelet compare` for generators: one prompt and seed, dense against each recipe."""
