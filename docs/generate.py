@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tubelet.bench.attention.result import read_runs as read_attention
+from tubelet.bench.attention.tables import markdown as attention_tables
 from tubelet.bench.fidelity.generation_result import read_generation
 from tubelet.bench.fidelity.generation_tables import generation_table
 from tubelet.bench.fidelity.result import read_runs
@@ -28,6 +30,7 @@ TARGETS = tuple(
         "docs/figures.md",
         "docs/fidelity.md",
         "docs/models.md",
+        "docs/sparse-attention.md",
     )
 )
 RESULTS = ROOT / "bench" / "results"
@@ -174,6 +177,11 @@ def generation() -> str:
     return generation_table(read_generation(RESULTS / "generation" / "h200.json"))
 
 
+def attention_cpu() -> str:
+    """Kernels on the CPU, as measured."""
+    return attention_tables(read_attention(RESULTS / "attention" / "cpu.json")).strip()
+
+
 def cards() -> str:
     """One row per shipped weights file."""
     lines = [
@@ -221,6 +229,7 @@ SECTIONS = {
     "fidelity-tasks": fidelity_tasks,
     "fidelity-seeds": fidelity_seeds,
     "generation": generation,
+    "attention-cpu": attention_cpu,
     "cards": cards,
     "figures": lambda: figures(sorted(path.stem for path in RESULTS.glob("*.json"))),
 }

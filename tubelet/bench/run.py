@@ -50,7 +50,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     Raises:
         TubeletError: Wrong clip, model, recipe, device or folder; nothing is written then.
     """
-    combinations = [_combination(text) for text in request.recipes]
+    combinations = [combination(text) for text in request.recipes]
     check_folder(request.out, FILES)
     device = checked_device(request.device)
     progress("loading the model", 0, 1)
@@ -94,7 +94,7 @@ def _defaults(layers: int, grid: TokenGrid) -> list[list[Recipe]]:
     return [[recipe] for recipe in [*first, *map(parse, DEFAULT_RECIPES)]]
 
 
-def _combination(text: str) -> list[Recipe]:
+def combination(text: str) -> list[Recipe]:
     """Recipes joined by +, outside of parentheses."""
     parts, depth = [""], 0
     for letter in text:

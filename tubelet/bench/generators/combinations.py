@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tubelet.bench.run import _combination
+from tubelet.bench.run import combination
 from tubelet.core.errors import RecipeError
 from tubelet.core.recipe import Recipe
 from tubelet.models.accelerate import accelerate
@@ -20,7 +20,7 @@ def read_combinations(texts: Sequence[str]) -> list[Combination]:
     """
     found: list[Combination] = []
     for text in texts:
-        recipes = tuple(_combination(text))
+        recipes = tuple(combination(text))
         if recipes in found:
             raise RecipeError(f"{name_of(recipes)} was given twice")
         found.append(recipes)
