@@ -144,8 +144,8 @@ def small_wan(monkeypatch):
 def test_a_published_transformer_is_predicted_and_measured(run, small_wan, tmp_path):
     code, text, err = run(
         "bench", "forward", "--preset", "wan2.1-1.3b", "--layers", 2, "--frames", 17, "--height",
-        128, "--width", 128, "--recipe", "RandomBlocks(density=0.5)", "--repeats", 1, "--out",
-        tmp_path / "new",
+        128, "--width", 128, "--recipe", "RandomBlocks(density=0.5)", "--recipe",
+        "DraftAttention(density=0.5)", "--repeats", 1, "--out", tmp_path / "new",
     )  # fmt: skip
     assert code == 0, err
     assert text.index("predicted") < text.index("measured")
@@ -153,7 +153,10 @@ def test_a_published_transformer_is_predicted_and_measured(run, small_wan, tmp_p
     assert (found["tokens"], found["layers"]) == (5 * 8 * 8, 2)
     dense = found["dense"]
     assert dense["attention"] + dense["rest"] == pytest.approx(dense["seconds"])
-    (row,) = found["recipes"]
+    row, warming = found["recipes"]
+    # One forward pass would be warm-up, and is measured as a later step.
+    assert warming["recipe"]["dense_steps"] == 0.0
+    assert sum(warming["report"]["attention"].values()) == 1
     assert row["recipe"] == {"recipe": "RandomBlocks", **row["recipe"]}
     assert sum(row["report"]["attention"].values()) == 2
     assert row["prediction"]["density"] < 1
