@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from tubelet import cli
 from tubelet.nn.vit import VideoViT, VideoViTConfig
 from tubelet.nn.weights import save_weights
 
@@ -21,20 +20,9 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run):
     """Run `tubelet bench ARGS`; returns (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["tubelet", "bench", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return lambda *args: run("bench", *args)
 
 
 def test_a_smoke_test_writes_page_figures_and_table(run, weights, tmp_path) -> None:

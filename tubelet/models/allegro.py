@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.grid import TokenGrid
-from tubelet.models.attend_op import attend
+from tubelet.models.attend_op import attend, in_heads
 from tubelet.models.diffusion import DiffusionAdapter, Stack, patched
 from tubelet.models.hunyuan_video import patch_of
 
@@ -40,10 +40,8 @@ class _Processor:
         temb: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor:
-        q, k, v = (
-            project(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        q, k, v = (x.transpose(1, 2) for x in in_heads(attn, hidden_states, projections))
         if image_rotary_emb is not None:
             angles, positions = image_rotary_emb
             q, k = self._rotate(q, angles, positions), self._rotate(k, angles, positions)

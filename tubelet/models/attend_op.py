@@ -153,3 +153,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, number: Tensor, scale: float | None 
     # Under autocast norms return float32; fused attention would cast them back.
     q, k = q.to(v.dtype), k.to(v.dtype)
     return torch.ops.tubelet.attend(q, k, v, scale, number)
+
+
+def in_heads(attn: Any, tokens: Tensor, projections: Sequence[Any]) -> list[Tensor]:
+    """[B, N, H, D] of tokens [B, N, C] under each projection of a diffusers attention module."""
+    return [project(tokens).unflatten(2, (attn.heads, -1)) for project in projections]
+
+
+def attend_jointly(
+    attn: Any, video: Sequence[Tensor], text: Sequence[Tensor], number: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Video and text [B, N, C] after attention over both, video first, and their projections.
+
+    Args:
+        attn: A diffusers attention module.
+        video, text: Queries, keys and values [B, N, H, D], positions applied.
+        number: Of the place.
+    """
+    pairs = zip(video, text, strict=True)
+    q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
+    out = attend(q, k, v, number).transpose(1, 2).flatten(2)
+    frames, words = out.split([video[0].shape[1], text[0].shape[1]], dim=1)
+    frames = attn.to_out[1](attn.to_out[0](frames))
+    # A last block has no use for its text and no projection for it.
+    return frames, attn.to_add_out(words) if hasattr(attn, "to_add_out") else words

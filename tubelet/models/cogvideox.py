@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.grid import TokenGrid
-from tubelet.models.attend_op import attend
+from tubelet.models.attend_op import attend, in_heads
 from tubelet.models.diffusion import DiffusionAdapter, Stack, patched
 
 
@@ -41,10 +41,8 @@ class _Processor:
             raise UnsupportedError("recipes on CogVideoX do not combine with an attention mask")
         text = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        q, k, v = (
-            project(tokens).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        q, k, v = (x.transpose(1, 2) for x in in_heads(attn, tokens, projections))
         if attn.norm_q is not None:
             q = attn.norm_q(q)
         if attn.norm_k is not None:

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tubelet.core.grid import TokenGrid
-from tubelet.models.attend_op import attend
+from tubelet.models.attend_op import attend_jointly, in_heads
 from tubelet.models.diffusion import DiffusionAdapter, Stack, patched, real_tokens
 from tubelet.models.hunyuan_video import patch_of
 
@@ -42,27 +41,17 @@ class _Processor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        video, text = hidden_states, encoder_hidden_states
-        q, k, v = (
-            project(video).unflatten(2, (attn.heads, -1))
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        q, k, v = in_heads(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v))
         q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
             q, k = (self._rotate(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
-        text_q, text_k, text_v = (
-            project(text).unflatten(2, (attn.heads, -1))
-            for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        )
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text_q, text_k, text_v = in_heads(attn, encoder_hidden_states, added)
         if attn.norm_added_q is not None:
             text_q = attn.norm_added_q(text_q)
         if attn.norm_added_k is not None:
             text_k = attn.norm_added_k(text_k)
-        pairs = ((q, text_q), (k, text_k), (v, text_v))
-        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
-        out = attend(q, k, v, self._number).transpose(1, 2).flatten(2)
-        video, text = out.split([video.shape[1], text.shape[1]], dim=1)
-        return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text)
+        return attend_jointly(attn, (q, k, v), (text_q, text_k, text_v), self._number)
 
 
 ADAPTER = DiffusionAdapter(
