@@ -95,7 +95,8 @@ def test_doctor_tells_which_kernels_take_block_lists(run) -> None:
     assert found["attention cpu on cpu"].endswith(f"{sizes} in every dtype")
     assert "no block lists" in found["attention sdpa on cpu"]
     assert found["attention on cpu"] == (
-        "dense: sdpa, flex, reference; block lists: cpu, flex, reference"
+        "dense: sdpa, flex, reference; block lists: cpu, flex, reference; "
+        "64 x 64 lists, heads of 64: cpu, flex, reference"
     )
 
 

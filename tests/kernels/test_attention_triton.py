@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, which runs them on the CPU."""
+"""The Triton kernels on a GPU, and in Triton's interpreter, which runs them on the CPU."""
 
 import os
 import subprocess
@@ -8,15 +8,27 @@ from pathlib import Path
 
 import pytest
 
+INTERPRETER = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="TRITON TESTS NOT RUN: not installed")
-def test_kernels_agree_with_their_references_in_the_interpreter():
+
+def run_cases(name: str, extra: dict[str, str]) -> None:
     # Triton reads the variable when it is imported, so the cases get a process of their own.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", Path(__file__).with_name("triton_cases.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-m", "pytest", "-q", Path(__file__).with_name(name)],
+        env={**os.environ, **extra},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="TRITON TESTS NOT RUN: not installed")
+@pytest.mark.parametrize("name", ["triton_cases.py", "selection_cases.py"])
+def test_kernels_agree_with_their_references_in_the_interpreter(name):
+    run_cases(name, INTERPRETER)
+
+
+@pytest.mark.gpu
+def test_selection_kernels_agree_with_their_references_on_a_gpu():
+    run_cases("selection_cases.py", {})

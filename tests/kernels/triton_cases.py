@@ -6,7 +6,6 @@ import torch
 from tubelet.core.block_mask import BlockMask
 from tubelet.core.plan import AttentionPlan
 from tubelet.kernels.attention import attention, why_not
-from tubelet.kernels.pool import block_means
 
 
 def mask_of(num, keys, block, batch=2, heads=4) -> BlockMask:
@@ -81,15 +80,6 @@ def test_poison_in_skipped_blocks_stays_there():
     seen = plan.mask.token_mask()[..., 40]
     assert torch.equal(out[~seen], clean[~seen])
     assert not bool(out[seen].isfinite().any())
-
-
-@pytest.mark.parametrize("ordered", [None, 1, 3])
-def test_block_means_read_in_any_order(ordered):
-    x = torch.randn(2, 50, 3, 20).transpose(1, 2)
-    order = None if ordered is None else torch.stack([torch.randperm(50) for _ in range(ordered)])
-    have = block_means(x, 16, order, 41, impl="triton")
-    want = block_means(x, 16, order, 41, impl="reference")
-    torch.testing.assert_close(have, want, atol=1e-6, rtol=0)
 
 
 REFUSED = {

@@ -14,7 +14,7 @@ ALLOWED = {
     "": {"core", "models", "recipes", "bench", "video"},
     "core": {"core"},
     "ops": {"core", "ops"},
-    "kernels": {"core", "kernels"},
+    "kernels": {"core", "ops", "kernels"},
     "recipes": {"core", "ops", "recipes", "nn"},
     "models": {"core", "kernels", "models", "nn"},
     "video": {"core", "video"},

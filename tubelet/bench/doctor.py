@@ -78,8 +78,7 @@ def _kernels() -> list[Finding]:
 def _preference(device: str) -> Finding:
     """What `impl="auto"` tries, fastest first, of what can run on the device."""
     orders = []
-    for what, names in PREFERENCES.items():
-        block = 128 if what == "block lists" else None
+    for (what, names), block in zip(PREFERENCES.items(), (None, 128, 64), strict=True):
         usable = [n for n in names if not _refusal(n, device, block)]
         orders.append(f"{what}: {', '.join(usable)}")
     return Finding(f"attention on {device}", "; ".join(orders), True)

@@ -1,6 +1,6 @@
 """What a recipe may look at when it decides."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -8,10 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
+from tubelet.core.block_mask import BlockMask
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.grid import TokenGrid
 
-SiteKind = Literal["input", "joint", "temporal", "spatial"]
+SiteKind = Literal["input", "joint", "temporal", "spatial", "prompt", "llm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class Site:
         num_layers: Layers of the stack it belongs to.
         kind: "input" (embedded tokens, before layer 0), "joint" (attention over all tokens),
             "temporal" or "spatial" (the two halves of divided attention). Token plans act
-            between a layer's attention and its MLP.
+            between a layer's attention and its MLP. In video language models "prompt" (between
+            the projector and the language model) and "llm" (in front of one of its layers).
     """
 
     name: str
@@ -153,8 +155,7 @@ class AttentionContext:
         step: Denoising step of the run and guidance branch; None outside of a generator.
         state: Kept from step to step by this recipe at this site in this branch; empty when a
             run begins.
-        pool: (x [B, H, N, D], block, order, num) to block means, by a fused kernel; None leaves
-            them to `tubelet.ops.block_score.block_means`, which gives the same.
+        tools: Block operations that fit the device; None leaves them to plain torch.
     """
 
     site: Site
@@ -166,12 +167,76 @@ class AttentionContext:
     num_keys: int | None = None
     step: "StepContext | None" = None
     state: dict[str, Any] = field(default_factory=dict)
-    pool: Callable[[Tensor, int, Tensor | None, int | None], Tensor] | None = None
+    tools: "BlockTools | None" = None
 
     @property
     def keys(self) -> int:
         """Tokens that may be attended to."""
         return self.key.shape[2] if self.num_keys is None else self.num_keys
+
+
+@runtime_checkable
+class BlockTools(Protocol):
+    """What selections of blocks are made of: `tubelet.ops.tools` says what each one computes.
+
+    Fused kernels offer the same where they run, with the same results to rounding.
+    """
+
+    def means(self, x: Tensor, block: int, order: Tensor | None, num: int) -> Tensor:
+        """Mean of each block of ordered tokens."""
+        ...
+
+    def similarity(self, x: Tensor, block: int, order: Tensor | None, num: int) -> Tensor:
+        """Mean cosine between the tokens of each block."""
+        ...
+
+    def tile_means(self, x: Tensor, grid: TokenGrid, tile: tuple[int, int, int]) -> Tensor:
+        """Mean of the video tokens of each tile."""
+        ...
+
+    def sub_block_scores(
+        self, q: Tensor, k: Tensor, scale: float, parts: tuple[int, int]
+    ) -> Tensor:
+        """log sum exp over the pairs of sub-block means of two blocks."""
+        ...
+
+    def block_mass(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        block: tuple[int, int],
+        counts: tuple[int, int],
+        num_keys: int,
+    ) -> Tensor:
+        """Exact softmax mass of block pairs."""
+        ...
+
+    def antidiagonal_mass(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        block: tuple[int, int],
+        stride: int,
+        counts: tuple[int, int],
+    ) -> Tensor:
+        """Softmax mass of block pairs, estimated from antidiagonals."""
+        ...
+
+    def above_mass(self, score: Tensor, mass: float) -> Tensor:
+        """True for the highest entries of each row whose share reaches `mass`."""
+        ...
+
+    def at_least(self, score: Tensor, k: int) -> Tensor:
+        """True for entries no lower than the k-th highest of their row."""
+        ...
+
+    def mask(
+        self, kept: Tensor, *, block: tuple[int, int], num_queries: int, num_keys: int
+    ) -> BlockMask:
+        """Lists from a boolean table."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

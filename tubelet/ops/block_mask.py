@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
+from tubelet.core.context import BlockTools
 from tubelet.core.errors import ShapeError
 
 
@@ -82,9 +83,12 @@ class Blocks:
         extra = (0, self.columns - self.free_columns, 0, self.rows - self.free_rows)
         return F.pad(kept, extra, value=True)
 
-    def mask(self, kept: Bool[Tensor, "b h rows columns"]) -> BlockMask:
+    def mask(
+        self, kept: Bool[Tensor, "b h rows columns"], tools: BlockTools | None = None
+    ) -> BlockMask:
         """Lists from a table of the free blocks; exempt blocks are added."""
-        return BlockMask.from_dense(
+        build = BlockMask.from_dense if tools is None else tools.mask
+        return build(
             self.keep_exempt(kept),
             block=self.size,
             num_queries=self.num_tokens,

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tubelet.core.grid import TokenGrid
+from tubelet.core.tensors import take_tokens
 from tubelet.ops.order import tile_members
 
 WORKSPACE = 2**26
@@ -15,7 +16,7 @@ WORKSPACE = 2**26
 def block_means(
     x: Float[Tensor, "b h n d"], block: int, order: Int[Tensor, "1 n"] | None, num: int
 ) -> Float[Tensor, "b h m d"]:
-    """Mean of each block of the first `num` tokens in the given order, float32.
+    """Mean of each block of the first `num` tokens in the given order, at least float32.
 
     Args:
         x: Queries or keys in sequence order.
@@ -118,19 +119,33 @@ def antidiagonal_mass(
     Source:
         XAttention (Xu et al., 2025, arXiv:2503.16428).
     """
-    # Reversing the queries within a square lines up its antidiagonal with the keys.
-    rows = _squares(q[:, :, : counts[0]], stride).flip(3).flatten(3)
-    columns = _for_heads(_squares(k[:, :, : counts[1]], stride).flatten(3), q.shape[1])
+    rows, columns = antidiagonal_squares(q, k, stride, counts)
     per_row, per_column = block[0] // stride, block[1] // stride
+    squares = -(-counts[1] // stride)
     num = -(-rows.shape[2] // per_row)
     chunk = max(1, WORKSPACE // max(1, rows[:, :, :per_row, 0].numel() * columns.shape[2]))
     parts = []
     for start in range(0, num, chunk):
         part = rows[:, :, start * per_row : (start + chunk) * per_row]
-        weights = (part @ columns.transpose(-1, -2)).float().mul(scale / stride).softmax(-1)
+        logits = (part @ columns.transpose(-1, -2))[..., :squares]
+        weights = logits.float().mul(scale / stride).softmax(-1)
         mass = _grouped(weights, per_column, 0.0).sum(-1)
         parts.append(_row_means(mass, per_row))
     return torch.cat(parts, dim=2)
+
+
+def antidiagonal_squares(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], stride: int, counts: tuple[int, int]
+) -> tuple[Float[Tensor, "b h s e"], Float[Tensor, "b h r e"]]:
+    """Rows and columns of `antidiagonal_mass`, whose products are the antidiagonal sums.
+
+    Reversing the queries within a square lines up its antidiagonal with the keys. Zeros fill a
+    last square that is not full, and add columns up to a multiple of 8: GPU libraries multiply
+    several times slower into rows that are not aligned.
+    """
+    rows = _squares(q[:, :, : counts[0]], stride).flip(3).flatten(3)
+    columns = F.pad(k[:, :, : counts[1]], (0, 0, 0, -counts[1] % (8 * stride)))
+    return rows, _for_heads(_squares(columns, stride).flatten(3), q.shape[1])
 
 
 def block_mass(
@@ -172,13 +187,14 @@ def block_mass(
 
 def ordered(x: Tensor, order: Tensor | None) -> Tensor:
     """`x` [B, H, N, D] with its tokens in the given order."""
-    return x if order is None else x.index_select(2, order[0])
+    return x if order is None else take_tokens(x, order[0])
 
 
 def _block_sums(x: Tensor, block: int, order: Tensor | None, num: int) -> Tensor:
-    x = x[:, :, :num] if order is None else x.index_select(2, order[0, :num])
+    x = x[:, :, :num] if order is None else take_tokens(x, order[0, :num])
     x = F.pad(x, (0, 0, 0, -num % block))
-    return x.unflatten(2, (-1, block)).sum(3, dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.unflatten(2, (-1, block)).sum(3, dtype=wide)
 
 
 def _block_sizes(num: int, block: int, device: torch.device) -> Tensor:

@@ -71,6 +71,22 @@ def tile_members(
     return members.unflatten(0, (-1, math.prod(tile))), taken.unflatten(0, (-1, math.prod(tile)))
 
 
+@lru_cache(maxsize=64)
+def tile_runs(
+    grid: TokenGrid, tile: tuple[int, int, int], device: torch.device | str | None = None
+) -> tuple[Int[Tensor, "runs"], Int[Tensor, "1 n"]]:
+    """Where each tile starts in the order of the tile, with the end behind the last one, int32,
+    and that order; built once per geometry."""
+    with torch.inference_mode(False):
+        order = token_order(grid, tile, device)
+        if order is None:
+            order = torch.arange(grid.num_tokens, device=device)[None]
+        # Searching instead of counting: counting would wait for the device.
+        held = tile_index(grid, tile, device).sort().values
+        ends = torch.arange(math.prod(tile_counts(grid, tile)) + 1, device=device)
+        return torch.searchsorted(held, ends).to(torch.int32), order
+
+
 def tile_counts(grid: TokenGrid, tile: tuple[int, int, int]) -> tuple[int, int, int]:
     """Tiles along time, height and width; the last of each axis may be smaller.
 

@@ -70,6 +70,22 @@ def top_p(score: Float[Tensor, "*batch n"], mass: float) -> Bool[Tensor, "*batch
     return torch.where(total > 0, kept, torch.ones_like(kept))
 
 
+def at_least(score: Float[Tensor, "*batch n"], k: int) -> Bool[Tensor, "*batch n"]:
+    """True for entries no lower than the `k`-th highest of their row: equal scores stay together.
+
+    Args:
+        score: Any scale, without NaN.
+        k: In [1, n].
+
+    Raises:
+        ShapeError: `k` is outside [1, n].
+    """
+    num = score.shape[-1]
+    if not 1 <= k <= num:
+        raise ShapeError(f"at_least ranks between 1 and {num} entries, got {k}")
+    return score >= score.kthvalue(num - k + 1, dim=-1, keepdim=True).values
+
+
 def above_mass(score: Float[Tensor, "*batch n"], mass: float) -> Bool[Tensor, "*batch n"]:
     """As `top_p` with one sort and float32 sums: equal scores stay or go together.
 
@@ -166,3 +182,96 @@ def stratified_top_k(
     kept = top_k(score[:, by_group], budget(size, keep_ratio))
     flat = by_group.flatten().expand_as(score)
     return torch.zeros_like(score, dtype=torch.bool).scatter(1, flat, kept.flatten(1))
+
+
+def guarded_top_k(
+    score: Float[Tensor, "b n"], k: int, guarded: Bool[Tensor, "b n"], who: str = "top_k"
+) -> Bool[Tensor, "b n"]:
+    """True for the guarded entries and the highest of the others, `k` per row.
+
+    Args:
+        score: Any finite scale.
+        k: How many, in [1, n].
+        guarded: Entries that always stay.
+        who: Name for the error.
+
+    Raises:
+        ShapeError: A row guards more than `k` entries, or `k` is outside [1, n].
+    """
+    most = int(guarded.sum(1).max())
+    if most > k:
+        raise ShapeError(
+            f"{who} always keeps {most} of {score.shape[1]} tokens, but was asked for {k}; raise "
+            f"keep_ratio to {most / score.shape[1]:.3g} or more"
+        )
+    return top_k(score.masked_fill(guarded, torch.inf), k)
+
+
+def apportion(quota: Float[Tensor, "t"], total: int, *, least: int, most: int) -> Int[Tensor, "t"]:
+    """Whole numbers near `quota` that add up to exactly `total`, by largest remainders.
+
+    Args:
+        quota: Shares wanted by each group, any finite numbers.
+        total: What the result adds up to, in [t * least, t * most].
+        least, most: Bounds of every group.
+
+    Returns:
+        Where the quotas do not add up to `total`, all are raised or lowered alike. Equal
+        remainders prefer the lower index.
+
+    Raises:
+        ShapeError: `total` cannot be reached within the bounds.
+    """
+    groups = len(quota)
+    if not groups * least <= total <= groups * most:
+        raise ShapeError(f"{groups} groups of {least} to {most} entries cannot add up to {total}")
+    if most == least:
+        return torch.full_like(quota, least, dtype=torch.int64)
+    # Unit j of a group is worth what is left of its quota behind j units: the best units win.
+    worth = quota[:, None] - torch.arange(least, most, device=quota.device)
+    units = rank_of(worth.flatten()) < total - groups * least
+    return least + units.reshape(groups, -1).sum(1)
+
+
+def max_min(x: Float[Tensor, "b n d"], k: int, chunk: int = 1024) -> Bool[Tensor, "b n"]:
+    """Greedy choice of `k` vectors that lie far apart, by cosine distance.
+
+    The first is the one whose nearest neighbour is farthest, each further one the farthest from
+    those chosen. Equal distances prefer the lower index.
+
+    Args:
+        x: Vectors of any length.
+        k: How many, in [1, n].
+        chunk: Rows of the distances that exist at once, while the first is sought.
+
+    Returns:
+        True where chosen, `k` per row.
+
+    Raises:
+        ShapeError: `k` is outside [1, n].
+
+    Notes:
+        O(k n d) time and O(chunk n) memory; no n x n matrix.
+    """
+    batch, num = x.shape[:2]
+    if not 1 <= k <= num:
+        raise ShapeError(f"max_min keeps between 1 and {num} vectors, got {k}")
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    nearest = torch.cat([_nearest(unit, s, min(s + chunk, num)) for s in range(0, num, chunk)], 1)
+    chosen = torch.zeros(batch, num, dtype=torch.bool, device=x.device)
+    gap = torch.full((batch, num), torch.inf, device=x.device)
+    pick = nearest.argmax(1)
+    for _ in range(k):
+        chosen = chosen.scatter(1, pick[:, None], True)
+        vector = unit.gather(1, pick[:, None, None].expand(-1, 1, unit.shape[2]))
+        gap = torch.minimum(gap, 1 - (unit @ vector.transpose(1, 2))[..., 0])
+        pick = gap.masked_fill(chosen, -torch.inf).argmax(1)
+    return chosen
+
+
+def _nearest(unit: Tensor, start: int, end: int) -> Tensor:
+    """[B, end - start] cosine distance of some unit vectors to their nearest other one."""
+    similar = unit[:, start:end] @ unit.transpose(1, 2)
+    own = torch.arange(start, end, device=unit.device)
+    similar[:, own - start, own] = -torch.inf
+    return 1 - similar.amax(2)

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
-from tubelet.core.context import AttentionContext
+from tubelet.core.context import AttentionContext, BlockTools
 from tubelet.core.errors import RecipeError
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import SparseAttention, param
 from tubelet.ops.block_mask import Blocks
-from tubelet.ops.block_score import block_means, ordered, pooled_scores
+from tubelet.ops.block_score import ordered, pooled_scores
 from tubelet.ops.order import LAYOUTS, Layout, token_order
 from tubelet.ops.rows import mask_errors, sampled_rows
+from tubelet.ops.tools import PLAIN
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,16 @@ class Call:
     blocks: Blocks
     order: Tensor | None
 
+    @property
+    def tools(self) -> BlockTools:
+        """Block operations for the device of the tensors."""
+        return self.ctx.tools or PLAIN
+
     def means(self, split: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
         """Mean queries and keys of the free blocks, or of their parts, float32."""
         blocks, (bq, bk) = self.blocks, self.blocks.size
-        pool = self.ctx.pool or block_means
-        q = pool(self.ctx.query, bq // split[0], self.order, blocks.free_queries)
-        return q, pool(self.ctx.key, bk // split[1], self.order, blocks.free_keys)
+        q = self.tools.means(self.ctx.query, bq // split[0], self.order, blocks.free_queries)
+        return q, self.tools.means(self.ctx.key, bk // split[1], self.order, blocks.free_keys)
 
     def scores(self) -> Tensor:
         """Logits between mean queries and mean keys, [B, H, free rows, free columns]."""
@@ -40,6 +45,10 @@ class Call:
         """Queries, keys and values in block order."""
         q, k, v = (ordered(x, self.order) for x in (self.ctx.query, self.ctx.key, self.ctx.value))
         return q, k, v
+
+    def mask(self, kept: Tensor) -> BlockMask:
+        """Lists from a table of the free blocks; exempt blocks are added."""
+        return self.blocks.mask(kept, self.tools)
 
     def errors(self, tables: Sequence[Tensor], rows: int, seed: int) -> Tensor:
         """Relative squared error of some sampled video rows under each table of free blocks."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from tubelet.core.context import AttentionContext, Site
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import AttentionCompensation, AttentionReuse, Paper, param
-from tubelet.ops.block_score import block_means
+from tubelet.ops.tools import PLAIN
 
 BLOCK = 128
 """Tokens per mean that drift is measured on."""
@@ -54,8 +54,8 @@ class MaskReuse(AttentionReuse):
 
 
 def _pooled(ctx: AttentionContext) -> list[Tensor]:
-    pool = ctx.pool or block_means
-    return [pool(x, BLOCK, None, ctx.keys) for x in (ctx.query, ctx.key)]
+    tools = ctx.tools or PLAIN
+    return [tools.means(x, BLOCK, None, ctx.keys) for x in (ctx.query, ctx.key)]
 
 
 def _drift(means: list[Tensor], before: list[Tensor]) -> float:

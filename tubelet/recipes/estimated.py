@@ -10,9 +10,8 @@ from tubelet.core.block_mask import BlockMask
 from tubelet.core.context import StepContext
 from tubelet.core.errors import RecipeError
 from tubelet.core.recipe import Paper, param
-from tubelet.ops.block_score import antidiagonal_mass, block_mass, sub_block_scores
 from tubelet.ops.score import rank_of
-from tubelet.ops.select import above_mass, budget
+from tubelet.ops.select import budget
 from tubelet.recipes.block_policy import BlockPolicy, Call, OrderedPolicy
 
 
@@ -47,7 +46,7 @@ class SubBlock(OrderedPolicy):
         q, k = call.means(self.parts)
         # The products rank blocks; the host's precision is enough and much faster than float32.
         dtype = call.ctx.query.dtype
-        scores = sub_block_scores(q.to(dtype), k.to(dtype), call.ctx.scale, self.parts)
+        scores = call.tools.sub_block_scores(q.to(dtype), k.to(dtype), call.ctx.scale, self.parts)
         return call.blocks.lists_from_topk(scores, budget(call.blocks.free_columns, self.density))
 
 
@@ -80,8 +79,8 @@ class XAttention(OrderedPolicy):
         q, k, _ = call.tokens()
         blocks = call.blocks
         counts = (blocks.free_queries, blocks.free_keys)
-        mass = antidiagonal_mass(q, k, call.ctx.scale, blocks.size, self.stride, counts)
-        return blocks.mask(above_mass(mass, self.mass))
+        mass = call.tools.antidiagonal_mass(q, k, call.ctx.scale, blocks.size, self.stride, counts)
+        return call.mask(call.tools.above_mass(mass, self.mass))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +91,8 @@ class AdaSpa(BlockPolicy):
     Heads then share the budget: of the n heads that recall more than `recall` of their mass, the
     n best (half of all at most) give half of what they keep to the n worst, so that the mean
     stays. The lists serve until the next search.
-    Gap from paper: a search is unfused torch, in parts of bounded memory, and computes the
-    log-sum-exp anew where the paper keeps it from the first search. It moves about 40 bytes per
-    logit, which at 75,600 tokens and 40 heads is more than ten dense calls; with two searches in
-    50 steps that eats most of what the policy saves there.
+    Gap from paper: every search computes the log-sum-exp anew, where the paper keeps it from the
+    first one.
     """
 
     paper = Paper("AdaSpa", "2502.21079", "ICCV", 2025)
@@ -127,7 +124,7 @@ class AdaSpa(BlockPolicy):
         blocks = call.blocks
         q, k, _ = call.tokens()
         counts = (blocks.free_queries, blocks.free_keys)
-        mass = block_mass(q, k, call.ctx.scale, blocks.size, counts, blocks.num_keys)
+        mass = call.tools.block_mass(q, k, call.ctx.scale, blocks.size, counts, blocks.num_keys)
         few, middle, many = self.budgets(blocks.free_columns)
         best = mass.topk(many, dim=-1).values
         recall = best[..., :middle].sum((2, 3)) / mass.sum((2, 3))

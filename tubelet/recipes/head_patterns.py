@@ -90,7 +90,7 @@ class SVG(BlockPolicy):
         spatial, temporal = (table[None, None] for table in tables)
         errors = call.errors([spatial, temporal], self.rows, self.seed)
         is_spatial = (errors[0] <= errors[1])[..., None, None]
-        return call.blocks.mask(torch.where(is_spatial, spatial, temporal))
+        return call.mask(torch.where(is_spatial, spatial, temporal))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class SparseVDiT(BlockPolicy):
         kept = tables[0].expand(*pattern.shape[:2], *tables[0].shape[2:])
         for number, table in enumerate(tables[1:], start=1):
             kept = torch.where(pattern == number, table, kept)
-        return call.blocks.mask(kept)
+        return call.mask(kept)
 
     def search(self, ctx: AttentionContext) -> list[str]:
         """The pattern of each head at a call; the first sample decides. Waits for the device."""

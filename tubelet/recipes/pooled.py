@@ -11,9 +11,9 @@ from tubelet.core.grid import TokenGrid
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import Paper, param
 from tubelet.ops.block_mask import spread_keys, units_in_blocks
-from tubelet.ops.block_score import block_means, block_similarity, pooled_scores, tile_means
+from tubelet.ops.block_score import pooled_scores
 from tubelet.ops.order import Layout, tile_counts, tile_index
-from tubelet.ops.select import above_mass, budget
+from tubelet.ops.select import budget
 from tubelet.recipes.block_policy import BlockPolicy, Call, OrderedPolicy
 from tubelet.recipes.windows import tile_window
 
@@ -53,11 +53,9 @@ class DraftAttention(BlockPolicy):
         # Logarithms rank as the softmax does and cannot underflow to ties.
         draft = call.scores().log_softmax(-1)
         flat = draft.flatten(2)
-        num = flat.shape[2]
-        threshold = flat.kthvalue(num - budget(num, self.density) + 1, dim=-1).values
-        kept = draft >= threshold[..., None, None]
+        kept = call.tools.at_least(flat, budget(flat.shape[2], self.density)).view_as(draft)
         best = torch.zeros_like(kept).scatter(-1, draft.argmax(-1, keepdim=True), True)
-        return call.blocks.mask(kept | best | call.blocks.own(draft.device))
+        return call.mask(kept | best | call.blocks.own(draft.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +81,14 @@ class SpargeAttention(OrderedPolicy):
         ctx, blocks = call.ctx, call.blocks
         q, k = call.means()
         heads = ctx.query.shape[1] // ctx.key.shape[1]
-        rows = block_similarity(ctx.query, blocks.size[0], call.order, blocks.free_queries)
-        columns = block_similarity(ctx.key, blocks.size[1], call.order, blocks.free_keys)
+        rows = call.tools.similarity(ctx.query, blocks.size[0], call.order, blocks.free_queries)
+        columns = call.tools.similarity(ctx.key, blocks.size[1], call.order, blocks.free_keys)
         mixed_rows = (rows <= self.similarity)[..., :, None]
         mixed_columns = (columns <= self.similarity).repeat_interleave(heads, 1)[..., None, :]
         logits = pooled_scores(q, k, ctx.scale).masked_fill(mixed_columns, -torch.inf)
         # Without any judged block the softmax is NaN; then all blocks are kept anyway.
         weights = logits.softmax(-1).nan_to_num(0.0)
-        return blocks.mask(above_mass(weights, self.mass) | mixed_rows | mixed_columns)
+        return call.mask(call.tools.above_mass(weights, self.mass) | mixed_rows | mixed_columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +119,7 @@ class NABLA(BlockPolicy):
     def choose(self, call: Call) -> BlockMask:
         ctx, blocks = call.ctx, call.blocks
         static = tile_window(ctx.grid, self.tile, self.window, blocks, ctx.query.device)
-        return blocks.mask(above_mass(call.scores().softmax(-1), self.mass) | static)
+        return call.mask(call.tools.above_mass(call.scores().softmax(-1), self.mass) | static)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +147,7 @@ class SolAttn(OrderedPolicy):
         variance = k.var(2, correction=0).repeat_interleave(heads, dim=1)
         spread = (q.square() @ variance[..., None]) * call.ctx.scale**2
         threshold = scores.mean(-1, keepdim=True) + self.deviations * (spread + 1e-6).sqrt()
-        return call.blocks.mask((scores > threshold) | self._near(call))
+        return call.mask((scores > threshold) | self._near(call))
 
     def _near(self, call: Call) -> torch.Tensor:
         """Blocks that touch or share tokens."""
@@ -204,15 +202,15 @@ class VMoBA(BlockPolicy):
     def choose(self, call: Call) -> BlockMask:
         ctx, blocks = call.ctx, call.blocks
         tile = self.tile(ctx.site.layer, ctx.grid)
-        q = block_means(ctx.query, blocks.size[0], call.order, blocks.free_queries)
-        similarity = pooled_scores(q, tile_means(ctx.key, ctx.grid, tile), 1.0)
+        q = call.tools.means(ctx.query, blocks.size[0], call.order, blocks.free_queries)
+        similarity = pooled_scores(q, call.tools.tile_means(ctx.key, ctx.grid, tile), 1.0)
         flat = similarity.flatten(2)
         low, high = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
         unit = (flat - low) / (high - low).clamp(min=torch.finfo(flat.dtype).tiny)
-        chosen = above_mass(unit, self.mass).reshape(similarity.shape)
+        chosen = call.tools.above_mass(unit, self.mass).reshape(similarity.shape)
         units = tile_index(ctx.grid, tile, q.device).sort().values
         counts = tile_counts(ctx.grid, tile)
         num = counts[0] * counts[1] * counts[2]
         own = units_in_blocks(units, num, blocks.size[0], blocks.free_queries)
         columns = units_in_blocks(units, num, blocks.size[1], blocks.free_keys)
-        return blocks.mask(spread_keys(chosen | own, columns))
+        return call.mask(spread_keys(chosen | own, columns))

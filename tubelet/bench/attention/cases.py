@@ -18,7 +18,7 @@ from tubelet.core.context import AttentionContext, Site, StepContext
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import SparseAttention
 from tubelet.kernels.attention import IMPLEMENTATIONS, attention, choose, why_not
-from tubelet.kernels.pool import block_means
+from tubelet.kernels.selection import TOOLS
 
 LARGEST_MAP = 2**27
 """Entries of an attention map that an implementation may materialise on a CPU."""
@@ -188,7 +188,7 @@ def _policy_case(shape: Shape, inputs: Inputs, field: str, recipe: SparseAttenti
                 scale=shape.width**-0.5,
                 step=StepContext(step=step, num_steps=STEPS),
                 state=state,
-                pool=block_means,
+                tools=TOOLS,
             )
         )
 

@@ -28,7 +28,7 @@ from tubelet.core.files import check_folder, write_whole
 from tubelet.core.grid import TokenGrid
 from tubelet.core.recipe import SparseAttention
 from tubelet.kernels.attention import attention
-from tubelet.kernels.pool import block_means
+from tubelet.kernels.selection import TOOLS
 from tubelet.models.accelerate import accelerate
 from tubelet.models.generator_presets import GeneratorPreset, generator_preset
 from tubelet.models.load import checked_device
@@ -200,7 +200,7 @@ class ForwardBench:
             kind="joint",
         )
         context = AttentionContext(
-            site=site, grid=self.grid, query=q, key=k, value=v, scale=scale, pool=block_means
+            site=site, grid=self.grid, query=q, key=k, value=v, scale=scale, tools=TOOLS
         )
         plan = recipe.plan(context)
         attention(q, k, v, plan, scale=scale)

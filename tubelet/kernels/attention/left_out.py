@@ -10,7 +10,7 @@ from tubelet.core.block_mask import BlockMask
 from tubelet.kernels.attention import triton_blocks
 from tubelet.kernels.attention.call import Call
 from tubelet.kernels.attention.merge import merge
-from tubelet.kernels.pool import block_means
+from tubelet.kernels.selection import TOOLS
 
 LOGITS = 2**24
 """Logits of means that are held at once."""
@@ -32,7 +32,7 @@ def approximated(call: Call, out: Tensor, lse: Tensor, impl: str) -> tuple[Tenso
     """
     mask = call.mask
     assert mask is not None
-    k_mean, v_mean = (block_means(x, mask.block[1]) for x in (call.k, call.v))
+    k_mean, v_mean = (TOOLS.means(x, mask.block[1], None, mask.num_keys) for x in (call.k, call.v))
     if impl in ("fa4", "triton") and triton_blocks.adds_left_out(call):
         k_mean, v_mean = k_mean.to(call.q.dtype), v_mean.to(call.q.dtype)
         return triton_blocks.add_left_out(out, lse, call.q, k_mean, v_mean, mask, call.scale)

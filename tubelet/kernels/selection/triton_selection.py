@@ -1,0 +1,193 @@
+"""Launches of the selection kernels; each function equals its namesake in `tubelet.ops`."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tubelet.kernels.triton_support import on_device
+from tubelet.ops.block_score import WORKSPACE, antidiagonal_squares
+
+WIDEST = 32768
+"""Longest row of logits that one program holds."""
+
+LOG2E = math.log2(math.e)
+
+SMALL = (4, 8, 16, 32)
+"""Tokens of blocks that are averaged many at a time."""
+
+
+def means(x: Tensor, block: int, order: Tensor | None, num: int, *, unit: bool) -> Tensor:
+    """Block means, of the tokens or of their unit vectors."""
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    batch, heads, _, width = x.shape
+    blocks = -(-num // block)
+    result = x.new_empty(batch, heads, blocks, width, dtype=torch.float32)
+    places = x if order is None else order[0].contiguous()
+    shape = {"UNIT": unit, "ORDERED": order is not None, "D": width, "PD": _power(width)}
+    with on_device(x):
+        if block in SMALL:
+            together = 512 // block
+            kernels.small_block_means[(-(-blocks // together) * batch * heads,)](
+                *(x, places, result, *x.stride(), heads, num, blocks),
+                SIZE=block,
+                TOGETHER=together,
+                **shape,
+            )
+        else:
+            kernels.block_means[(blocks * batch * heads,)](
+                *(x, places, x, result, *x.stride(), heads, num, blocks, block),
+                UNEVEN=False,
+                TILE=min(64, _power(block)),
+                **shape,
+            )
+    return result
+
+
+def run_means(x: Tensor, starts: Tensor, order: Tensor, longest: int) -> Tensor:
+    """Means of runs of ordered tokens of any lengths: run i is starts[i] to starts[i + 1]."""
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    batch, heads, _, width = x.shape
+    runs = len(starts) - 1
+    result = x.new_empty(batch, heads, runs, width, dtype=torch.float32)
+    with on_device(x):
+        kernels.block_means[(runs * batch * heads,)](
+            *(x, order[0].contiguous(), starts, result, *x.stride(), heads, 0, runs, 0),
+            ORDERED=True,
+            UNEVEN=True,
+            UNIT=False,
+            TILE=min(64, _power(longest)),
+            D=width,
+            PD=_power(width),
+        )
+    return result
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def sub_block_scores(q: Tensor, k: Tensor, scale: float, parts: tuple[int, int]) -> Tensor:
+    """log sum exp over pairs of parts, kept in registers."""
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    q, k = q.contiguous(), k.contiguous()
+    batch, heads, num_q, width = q.shape
+    groups, num_k = k.shape[1:3]
+    rows, columns = -(-num_q // parts[0]), -(-num_k // parts[1])
+    result = q.new_empty(batch, heads, rows, columns, dtype=torch.float32)
+    tile = (128, 64) if q.element_size() == 2 else (32, 32)
+    tiles = -(-rows // tile[0]) * -(-columns // tile[1])
+    with on_device(q):
+        kernels.sub_block_scores[(tiles * batch * heads,)](
+            *(q, k, result, heads, heads // groups, num_q, num_k, rows, columns, scale * LOG2E),
+            PR=parts[0],
+            PC=parts[1],
+            TR=tile[0],
+            TC=tile[1],
+            D=width,
+            PD=max(16, _power(width)),
+            **({"num_warps": 8} if tile[0] == 128 and q.is_cuda else {}),
+        )
+    return result
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    block: tuple[int, int],
+    counts: tuple[int, int],
+    num_keys: int,
+) -> Tensor:
+    """Two passes over the keys: the log-sum-exp of each query, then the sums per block."""
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    batch, heads, _, width = q.shape
+    most = 64 if q.element_size() == 2 else 32
+    tq, tk = (min(most, size & -size) for size in block)
+    tiles, columns = -(-counts[0] // tq), -(-counts[1] // block[1])
+    result = q.new_empty(batch, heads, tiles, columns, dtype=torch.float32)
+    with on_device(q):
+        kernels.block_mass[(tiles * batch * heads,)](
+            *(q, k, result, *q.stride()[:3], *k.stride()[:3]),
+            *(heads, heads // k.shape[1], tiles, columns, *counts, num_keys, scale * LOG2E),
+            BK=block[1],
+            TQ=tq,
+            TK=tk,
+            D=width,
+            PD=max(16, _power(width)),
+        )
+    per_row = block[0] // tq
+    return F.pad(result, (0, 0, 0, -tiles % per_row)).unflatten(2, (-1, per_row)).sum(3)
+
+
+def antidiagonal_mass(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    block: tuple[int, int],
+    stride: int,
+    counts: tuple[int, int],
+) -> Tensor:
+    """One product and one pass over its result, a few query blocks at a time."""
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    rows, columns = antidiagonal_squares(q, k, stride, counts)
+    squares, per_row, per_column = -(-counts[1] // stride), block[0] // stride, block[1] // stride
+    batch, heads, num = rows.shape[:3]
+    groups = -(-squares // per_column)
+    weights = q.new_empty(batch, heads, num, groups, dtype=torch.float32)
+    chunk = max(1, WORKSPACE * 4 // (batch * heads * columns.shape[2] * per_row)) * per_row
+    with on_device(q):
+        for start in range(0, num, chunk):
+            part = rows[:, :, start : start + chunk]
+            logits = (part @ columns.transpose(-1, -2)).contiguous()
+            kernels.group_mass[(logits.shape[:3].numel(),)](
+                *(logits, weights, columns.shape[2], squares, groups, scale / stride * LOG2E),
+                *(part.shape[2], num, start),
+                GROUP=per_column,
+                WIDTH=max(per_column, _power(squares)),
+                num_warps=8,
+            )
+    sums = F.pad(weights, (0, 0, 0, -num % per_row)).unflatten(2, (-1, per_row)).sum(3)
+    starts = torch.arange(0, num, per_row, device=q.device)
+    return sums / (num - starts).clamp(max=per_row)[:, None]
+
+
+def above(score: Tensor, wanted: float) -> Tensor:
+    """Entries above a threshold: the `wanted`-th highest if an int, else that share of the sum."""
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    score = score.contiguous()
+    columns = score.shape[-1]
+    kept = torch.empty_like(score, dtype=torch.bool)
+    long = columns > 4096
+    with on_device(score):
+        kernels.keep_above[(score.numel() // columns,)](
+            *(score, kept.view(torch.uint8), wanted, columns),
+            BY_MASS=isinstance(wanted, float),
+            CHUNK=8192 if long else max(16, _power(columns)),
+            num_warps=16 if long else 4,
+        )
+    return kept
+
+
+def lists(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [B, H, R] and ascending indices [B, H, R, C] of the True entries."""
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    kept = kept.contiguous()
+    columns = kept.shape[3]
+    counts = torch.empty(kept.shape[:3], dtype=torch.int32, device=kept.device)
+    indices = torch.zeros(kept.shape, dtype=torch.int32, device=kept.device)
+    with on_device(kept):
+        kernels.lists[(counts.numel(),)](
+            *(kept.view(torch.uint8), counts, indices, columns),
+            CHUNK=min(2048, max(16, _power(columns))),
+        )
+    return counts, indices
