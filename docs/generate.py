@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tubelet.bench.attention.result import read_runs as read_attention
+from tubelet.bench.attention.tables import forwards, layers
 from tubelet.bench.attention.tables import markdown as attention_tables
+from tubelet.bench.fidelity.generation_curve_tables import curves_markdown
 from tubelet.bench.fidelity.generation_result import read_generation
 from tubelet.bench.fidelity.generation_tables import generation_table
 from tubelet.bench.fidelity.result import read_runs
@@ -31,6 +33,7 @@ TARGETS = tuple(
         "docs/fidelity.md",
         "docs/models.md",
         "docs/sparse-attention.md",
+        "docs/attention-figures.md",
     )
 )
 RESULTS = ROOT / "bench" / "results"
@@ -177,6 +180,32 @@ def generation() -> str:
     return generation_table(read_generation(RESULTS / "generation" / "h200.json"))
 
 
+def attention_quality() -> str:
+    """Quality over density of every policy, where it was measured."""
+    path = RESULTS / "generation" / "curves-h200.json"
+    if not path.exists():
+        return (
+            "Not measured yet. `tubelet bench generation --curves all --device cuda` draws the "
+            "curves; on a CPU `--quick` shows what they look like."
+        )
+    return curves_markdown(read_generation(path))
+
+
+def attention_layers() -> str:
+    """Whole layers on a GPU, as measured."""
+    return layers(read_attention(RESULTS / "attention" / "h200.json"))
+
+
+def attention_h200() -> str:
+    """All kernels and layers on a GPU, as measured."""
+    return attention_tables(read_attention(RESULTS / "attention" / "h200.json")).strip()
+
+
+def forward_passes() -> str:
+    """Whole transformers on a GPU, predicted and measured."""
+    return forwards([json.loads(p.read_text()) for p in sorted((RESULTS / "forward").glob("*"))])
+
+
 def attention_cpu() -> str:
     """Kernels on the CPU, as measured."""
     return attention_tables(read_attention(RESULTS / "attention" / "cpu.json")).strip()
@@ -229,7 +258,11 @@ SECTIONS = {
     "fidelity-tasks": fidelity_tasks,
     "fidelity-seeds": fidelity_seeds,
     "generation": generation,
+    "attention-layers": attention_layers,
+    "attention-h200": attention_h200,
     "attention-cpu": attention_cpu,
+    "forward": forward_passes,
+    "attention-quality": attention_quality,
     "cards": cards,
     "figures": lambda: figures(sorted(path.stem for path in RESULTS.glob("*.json"))),
 }

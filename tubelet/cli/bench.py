@@ -80,39 +80,66 @@ def fidelity(
 @bench.command()
 def generation(
     model: Annotated[str, typer.Option(help="A trained VideoDiT: name or file.")] = "tubelet-dit",
-    pairs: Annotated[int, typer.Option(min=1, help="Clips drawn in every way.")] = 24,
+    pairs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Clips drawn in every way; default: 24, with --curves 8."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Euler steps of the dense run.")] = 24,
     guidance: Annotated[float, typer.Option(min=0, help="1 turns guidance off.")] = 2.0,
     recipe: Annotated[
         list[str] | None,
         typer.Option(help="Sparse attention; join with + to combine. Repeatable."),
     ] = None,
+    curves: Annotated[
+        str | None,
+        typer.Option(
+            help="Block policies, each from dense to sparse and some with compensation: all, or "
+            "names, comma-separated."
+        ),
+    ] = None,
+    dense_steps: Annotated[
+        float, typer.Option(help="Warm-up of all curves: share of the steps that stay dense.")
+    ] = 0.2,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    shard: Annotated[str, typer.Option(help="i/n: run every n-th way, from the i-th.")] = "1/1",
     quick: Annotated[bool, typer.Option(help="A smoke test on a few small clips.")] = False,
     yes: Annotated[bool, typer.Option(help="Run for long on a CPU.")] = False,
+    join: Annotated[
+        list[Path] | None, typer.Option(help="Join result files instead. Repeatable.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/generation"),
     as_json: Json = False,
 ) -> None:
     """Same-seed quality of drawn clips against the dense run, with its noise floor."""
-    from tubelet.bench.fidelity.generation import GenerationRequest, run_generation
-    from tubelet.bench.fidelity.generation_tables import generation_table
+    from tubelet.bench.fidelity.generation import GenerationRequest, join_files, run_generation
+    from tubelet.bench.fidelity.generation_tables import markdown
 
-    request = GenerationRequest(
-        out=out,
-        model=model,
-        pairs=pairs,
-        steps=steps,
-        guidance=guidance,
-        recipes=tuple(recipe or ()),
-        device=device,
-        quick=quick,
-        yes=yes,
-    )
-    with progress_bar(quiet=as_json) as tell:
-        found = run_generation(request, tell)
+    def announce(words: str) -> None:
+        if not as_json:
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    if join:
+        found = join_files(join, out)
+    else:
+        request = GenerationRequest(
+            out=out,
+            model=model,
+            pairs=pairs,
+            steps=steps,
+            guidance=guidance,
+            recipes=tuple(recipe or ()),
+            curves=curves,
+            dense_steps=dense_steps,
+            device=device,
+            shard=_shard(shard),
+            quick=quick,
+            yes=yes,
+        )
+        with progress_bar(quiet=as_json) as tell:
+            found = run_generation(request, tell, announce)
     if as_json:
         return print_json(found.to_dict())
-    console.print(generation_table(found), markup=False, highlight=False, soft_wrap=True)
+    console.print(markdown(found), markup=False, highlight=False, soft_wrap=True)
     files = ", ".join(str(out / name) for name in ("generation.html", "generation.json"))
     console.print(f"wrote {files}", soft_wrap=True)
 

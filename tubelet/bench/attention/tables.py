@@ -1,6 +1,7 @@
 """The result as Markdown tables."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from tubelet.bench.attention.result import BASELINES, AttentionRun, Measured, Skipped
 
@@ -34,6 +35,63 @@ def markdown(runs: Sequence[AttentionRun]) -> str:
             left = [entry for entry in run.skipped if entry.shape == shape["name"]]
             parts += [_left_out(left)] if left else []
     return "\n\n".join(parts) + "\n"
+
+
+def layers(runs: Sequence[AttentionRun]) -> str:
+    """Whole layers of the policies only, shape by shape: the short version."""
+    parts = []
+    for run in runs:
+        for shape in run.shapes:
+            cases = run.of(shape["name"], "policy")
+            if not cases:
+                continue
+            dense = " and ".join(
+                f"{_LABELS[c.name]} {_milliseconds(c.seconds)} ms"
+                for c in run.of(shape["name"], "dense")
+                if c.name in _LABELS
+            )
+            parts.append(
+                f"**{shape['name']}**: {shape['tokens']:,} tokens, {shape['heads']} heads of "
+                f"{shape['width']}; dense {dense}"
+            )
+            parts.append(_layers(cases))
+    return "\n\n".join(parts)
+
+
+def _layers(cases: Sequence[Measured]) -> str:
+    baselines = _baselines(cases)
+    rows = [
+        [
+            f"`{case.name}`",
+            f"{case.density:.3f}",
+            *(_milliseconds(x) for x in (case.seconds, case.selection)),
+            *(_ratio(case, name) for name in baselines),
+            "" if case.recall is None else f"{case.recall:.2f}",
+        ]
+        for case in sorted(cases, key=lambda case: case.seconds)
+    ]
+    over = [f"over {_LABELS[name]}" for name in baselines]
+    return _table(["policy", "density", "layer ms", "of it selection", *over, "recall"], rows)
+
+
+def forwards(results: Sequence[dict[str, Any]]) -> str:
+    """Whole forward passes of `tubelet bench forward`: predicted, then measured."""
+    rows = [
+        [
+            result["preset"],
+            f"{result['tokens']:,}",
+            f"`{row['name']}`",
+            f"{result['dense']['attention_share']:.0%}",
+            f"{row['prediction']['density']:.3f}",
+            f"{row['predicted_speedup']:.2f}x",
+            f"{row['measured_speedup']:.2f}x",
+            f"{row['predicted_speedup'] / row['measured_speedup'] - 1:+.1%}",
+        ]
+        for result in results
+        for row in result["recipes"]
+    ]
+    head = ["model", "tokens", "policy", "attention's share", "density", "predicted", "measured"]
+    return _table([*head, "off by"], rows)
 
 
 def _kernels(cases: Sequence[Measured]) -> str:

@@ -5,22 +5,35 @@ own reference: across different noises these figures mean nothing. What the dens
 differs by from itself, with another kernel or precision, is the noise floor.
 """
 
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tubelet.bench.compare import Progress
 from tubelet.bench.environment import environment
-from tubelet.bench.fidelity.generation_result import FILES, Generation, Outcome, label_of
+from tubelet.bench.fidelity import generation_curves
+from tubelet.bench.fidelity.generation_curves import Named, Work, curve_recipes, work_of
+from tubelet.bench.fidelity.generation_result import (
+    FILES,
+    Generation,
+    Kind,
+    Outcome,
+    join,
+    label_all,
+    read_generation,
+)
 from tubelet.bench.fidelity.generation_tables import write_generation
 from tubelet.bench.fidelity.run import PATIENCE, in_words
 from tubelet.bench.generators.combinations import name_of, read_combinations, refuse_early
+from tubelet.bench.generators.prediction import at_once, sites_of
 from tubelet.bench.measure import seconds
 from tubelet.bench.quality import fidelity
 from tubelet.core.errors import TubeletError
@@ -38,7 +51,8 @@ from tubelet.train.world import ATTRIBUTES, complete_attributes
 FEWER = (2, 3, 4, 6)
 """The steps of the reference are divided by these for the controls."""
 
-Kind = Literal["reference", "floor", "control", "recipe"]
+PAIRS = 24
+"""Clips of every way unless asked otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +61,7 @@ class Way:
 
     Args:
         name: Unique in a run.
-        kind: The dense reference, its noise floor, a control, or recipes on the model.
+        kind: What it is for.
         steps, method: Of the sampler.
         dtype: Autocast; None is float32.
         kernel: Attention implementation instead of the fastest one.
@@ -74,13 +88,23 @@ class GenerationRequest:
 
     out: Path
     model: str = "tubelet-dit"
-    pairs: int = 24
+    pairs: int | None = None
     steps: int = 24
     guidance: float = 2.0
     device: str = "cpu"
     quick: bool = False
     yes: bool = False
     recipes: tuple[str, ...] = ()
+    curves: str | None = None
+    dense_steps: float = generation_curves.DENSE_STEPS
+    shard: tuple[int, int] = (1, 1)
+
+    @property
+    def clips(self) -> int:
+        """Pairs, by default fewer for the many ways of curves."""
+        if self.pairs is not None:
+            return self.pairs
+        return PAIRS if self.curves is None else generation_curves.PAIRS
 
 
 @dataclass
@@ -90,11 +114,14 @@ class _Drawn:
     pixels: list[Tensor] = field(default_factory=list)
     state: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
-    density: float | None = None
+    work: Work = field(default_factory=Work)
 
 
 def make_variants(
-    steps: int, device: torch.device, accelerated: Sequence[tuple[str, tuple[Recipe, ...]]] = ()
+    steps: int,
+    device: torch.device,
+    accelerated: Sequence[Named] = (),
+    curves: Sequence[Named] = (),
 ) -> list[Way]:
     """The reference first, then the noise floor, the controls and the accelerated ways.
 
@@ -102,6 +129,7 @@ def make_variants(
         steps: Euler steps of the reference, >= 2.
         device: CUDA runs in bfloat16 and gets float32 as part of the floor.
         accelerated: Name and recipes of each accelerated way.
+        curves: The same of points of curves, and of what compensates them.
     """
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else None
@@ -128,31 +156,92 @@ def make_variants(
     )
     for name, recipes in accelerated:
         ways.append(Way(name=name, kind="recipe", steps=steps, dtype=dtype, recipes=recipes))
+    for name, recipes in curves:
+        kind: Kind = "curve" if len(recipes) == 1 else "compensated"
+        ways.append(Way(name=name, kind=kind, steps=steps, dtype=dtype, recipes=recipes))
     return ways
 
 
-def run_generation(request: GenerationRequest, progress: Progress) -> Generation:
+def share_of(ways: Sequence[Way], shard: tuple[int, int]) -> list[Way]:
+    """The reference, which all need, and every n-th of the other ways from the i-th.
+
+    Raises:
+        TubeletError: Not a shard, or one without a way.
+    """
+    part, parts = shard
+    if not 1 <= part <= parts:
+        raise TubeletError(f"shard must be i/n with 1 <= i <= n, got {part}/{parts}")
+    mine = ways[part::parts]
+    if not mine:
+        raise TubeletError(f"shard {part}/{parts} has nothing to draw: {len(ways) - 1} ways")
+    return [ways[0], *mine]
+
+
+def run_generation(
+    request: GenerationRequest,
+    progress: Progress,
+    announce: Callable[[str], None] = lambda words: None,
+) -> Generation:
     """Measure and write `generation.json`, `generation.html` and `generation.md`.
+
+    The first of them is written after every way, so that a run that is cut off keeps what it has.
+
+    Args:
+        request: What to do.
+        progress: Told what is drawn.
+        announce: Told before the start how long it will take.
 
     Raises:
         TubeletError: Unknown or damaged model or recipe, a number out of range, a folder that
             cannot be written, or a long run on a CPU that was not confirmed.
     """
-    for name, value, least in (("pairs", request.pairs, 1), ("steps", request.steps, 2)):
+    if request.quick and request.curves is not None:
+        request = replace(request, pairs=min(request.clips, 2), steps=min(request.steps, 4))
+    for name, value, least in (("pairs", request.clips, 1), ("steps", request.steps, 2)):
         if value < least:
             raise TubeletError(f"{name} must be at least {least}, got {value}")
     accelerated = [(name_of(recipes), recipes) for recipes in read_combinations(request.recipes)]
+    curves = _curves(request)
     check_folder(request.out, FILES)
     device = checked_device(request.device)
+    ways = share_of(make_variants(request.steps, device, accelerated, curves), request.shard)
     progress("loading the model", 0, 1)
     model = load_weights(request.model, expect="VideoDiT", device=device)
     if tuple(model.config.attributes) != tuple(len(v) for v in ATTRIBUTES.values()):
         raise TubeletError(f"{request.model} was not trained on the attributes of tubelet's world")
-    refuse_early(model, [recipes for _, recipes in accelerated])
+    refuse_early(model, [way.recipes for way in ways if way.recipes])
     checksum = read_card(request.model).sha256
-    ways = make_variants(request.steps, device, accelerated)
-    found = measure(request, model, checksum, ways, progress)
+
+    def keep(found: Generation) -> None:
+        request.out.mkdir(parents=True, exist_ok=True)
+        found.to_json(request.out / FILES[0])
+
+    found = measure(request, model, checksum, ways, progress, keep, announce)
     write_generation(request.out, found)
+    return found
+
+
+def _curves(request: GenerationRequest) -> list[Named]:
+    if request.curves is None:
+        return []
+    if request.recipes:
+        raise TubeletError("--curves has its own recipes; give --recipe in another run")
+    if not 0 <= request.dense_steps < 1:
+        raise TubeletError(f"--dense-steps must be in [0, 1), got {request.dense_steps:g}")
+    if round(request.dense_steps * request.steps) >= request.steps:
+        raise TubeletError(f"--dense-steps {request.dense_steps:g} leaves no sparse step")
+    return curve_recipes(request.curves, request.dense_steps, request.quick)
+
+
+def join_files(paths: Sequence[str | os.PathLike[str]], out: Path) -> Generation:
+    """Join the results of shards, and write the same three files.
+
+    Raises:
+        TubeletError: A file cannot be read, or the results do not belong together.
+    """
+    check_folder(out, FILES)
+    found = join([read_generation(path) for path in paths])
+    write_generation(out, found)
     return found
 
 
@@ -162,26 +251,21 @@ def measure(
     checksum: str,
     ways: Sequence[Way],
     progress: Progress,
+    keep: Callable[[Generation], None] = lambda found: None,
+    announce: Callable[[str], None] = lambda words: None,
 ) -> Generation:
-    """Draw all clips in every way and compare them with the reference, `ways[0]`."""
+    """Draw all clips in every way and compare them with the reference, `ways[0]`.
+
+    A point of a curve that fails becomes a note, and the others go on. `keep` is given what there
+    is after every way.
+    """
     device = next(model.parameters()).device
-    pairs, shape = request.pairs, (model.config.frames, tuple(model.config.size))
+    pairs, shape = request.clips, (model.config.frames, tuple(model.config.size))
     if request.quick:
         pairs, shape = min(pairs, 4), (min(shape[0], 8), tuple(min(n, 32) for n in shape[1]))
-    _check_patience(request, model, ways, pairs, shape)
+    _tell_cost(request, model, ways, pairs, shape, announce)
     attributes = complete_attributes(torch.full((pairs, len(ATTRIBUTES)), -1), seed=0)
-    reference: _Drawn | None = None
-    outcomes: list[Outcome] = []
-    for done, way in enumerate(ways):
-        progress(way.name, done, len(ways))
-        drawn = _draw(model, way, attributes, shape, request.guidance)
-        reference = reference or drawn
-        outcomes.append(_outcome(way, drawn, reference, attributes))
-    floor = [outcome for outcome in outcomes if outcome.kind == "floor"]
-    for outcome in outcomes:
-        outcome.label = label_of(outcome, floor)
-    notes = ["a smoke test on small clips: too few to conclude anything"] if request.quick else []
-    return Generation(
+    found = Generation(
         model=request.model,
         sha256=checksum,
         pairs=pairs,
@@ -190,9 +274,48 @@ def measure(
         precision="bfloat16 autocast" if device.type == "cuda" else "float32",
         quick=request.quick,
         environment=environment(device),
-        outcomes=outcomes,
-        notes=notes,
+        outcomes=[],
+        dense_steps=None if request.curves is None else request.dense_steps,
     )
+    if request.quick:
+        found.notes.append("a smoke test on small clips: too few to conclude anything")
+    reference: _Drawn | None = None
+    for done, way in enumerate(ways):
+        progress(way.name, done, len(ways))
+        drawn = _attempt(model, way, attributes, shape, request.guidance, found.notes)
+        if drawn is None:
+            continue
+        reference = reference or drawn
+        found.outcomes.append(_outcome(way, drawn, reference, attributes))
+        label_all(found.outcomes)
+        left = len(ways) - 1 - done
+        if left:
+            keep(replace(found, notes=[*found.notes, f"cut off: {left} ways are missing"]))
+    return found
+
+
+def _attempt(
+    model: nn.Module,
+    way: Way,
+    attributes: Tensor,
+    shape: tuple[int, tuple[int, ...]],
+    guidance: float,
+    notes: list[str],
+) -> _Drawn | None:
+    """`_draw`, where only what was asked for by name may end the run."""
+    if way.kind not in ("curve", "compensated"):
+        return _draw(model, way, attributes, shape, guidance)
+    try:
+        return _draw(model, way, attributes, shape, guidance)
+    except Exception as error:
+        # Out of memory, a failing compiler: the others go on.
+        words = " ".join(str(error).split()) or type(error).__name__
+        notes.append(f"{way.name} was not drawn: {type(error).__name__}: {words[:300]}")
+        return None
+
+
+def _batch(device: torch.device) -> int:
+    return 8 if device.type == "cuda" else 2
 
 
 def _draw(
@@ -202,13 +325,12 @@ def _draw(
     shape: tuple[int, tuple[int, ...]],
     guidance: float,
 ) -> _Drawn:
-    """All clips of one way, in batches; the first batch is drawn once more before, as warm-up."""
-    device = next(model.parameters()).device
-    batch = 8 if device.type == "cuda" else 2
+    """All clips of one way, in batches, behind a short warm-up that meets every kernel."""
+    batch = _batch(next(model.parameters()).device)
     drawn = _Drawn()
     last: list[Tensor] = []
 
-    def keep(step: int, x: Tensor, velocity: Tensor) -> None:
+    def remember(step: int, x: Tensor, velocity: Tensor) -> None:
         last[:] = [x]
 
     def draw(first: int, steps: int) -> Tensor:
@@ -222,12 +344,14 @@ def _draw(
             frames=shape[0],
             size=shape[1],
             dtype=way.dtype,
-            callback=keep,
+            callback=remember,
         )
 
+    # Terms that compare with a dense call act from the second sparse step on.
+    warm_up = replace(way, steps=2 if way.recipes else 1, recipes=tuple(map(at_once, way.recipes)))
+    with _prepared(model, warm_up):
+        draw(0, warm_up.steps)
     with _prepared(model, way) as handle:
-        draw(0, 1)
-        warm_ups = len(handle.report().densities()) if isinstance(handle, Handle) else 0
         for first in range(0, len(attributes), batch):
             start = time.perf_counter()
             pixels = draw(first, way.steps).cpu()
@@ -235,9 +359,7 @@ def _draw(
             drawn.pixels.append(pixels)
             drawn.state.append(last[0].cpu())
         if isinstance(handle, Handle):
-            calls = handle.report().densities()[warm_ups:]
-            shares = [share for call in calls for share in call["heads"]]
-            drawn.density = sum(shares) / len(shares) if shares else None
+            drawn.work = work_of(handle.report(), way.recipes, len(sites_of(model)))
     return drawn
 
 
@@ -286,7 +408,10 @@ def _outcome(way: Way, drawn: _Drawn, reference: _Drawn, attributes: Tensor) -> 
         calls=way.calls,
         seconds=drawn.seconds / len(ours),
         exact=bool(torch.equal(state, dense_state)),
-        density=drawn.density,
+        density=drawn.work.density,
+        computed=drawn.work.computed,
+        recipes=[recipe.to_dict() for recipe in way.recipes],
+        kernels=list(drawn.work.kernels),
         figures={
             "psnr": measured.psnr.tolist(),
             "ssim": measured.ssim.tolist(),
@@ -300,25 +425,34 @@ def _outcome(way: Way, drawn: _Drawn, reference: _Drawn, attributes: Tensor) -> 
     )
 
 
-def _check_patience(
+def _tell_cost(
     request: GenerationRequest,
     model: nn.Module,
     ways: Sequence[Way],
     pairs: int,
     shape: tuple[int, tuple[int, ...]],
+    announce: Callable[[str], None],
 ) -> None:
-    """Refuse a run of many minutes on a CPU that nobody confirmed."""
-    device = next(model.parameters()).device
-    if device.type == "cuda" or request.quick or request.yes:
+    """Say how long it will take, and refuse many minutes on a CPU that nobody confirmed."""
+    if request.quick:
         return
-    blank = torch.zeros(1, shape[0], 3, *shape[1])
-    attributes = torch.zeros(1, len(ATTRIBUTES), dtype=torch.int64)
-    with torch.inference_mode():
-        each = seconds(lambda: model(blank, torch.zeros(1), attributes), device)
-    branches = 1 if request.guidance == 1 else 2
-    total = each * branches * pairs * sum(way.calls for way in ways)
-    if total > PATIENCE:
+    device = next(model.parameters()).device
+    cuda, branches = device.type == "cuda", 1 if request.guidance == 1 else 2
+    batch = branches * min(pairs, _batch(device)) if cuda else 1
+    blank = torch.zeros(batch, shape[0], 3, *shape[1], device=device)
+    times = torch.zeros(batch, device=device)
+    attributes = torch.zeros(batch, len(ATTRIBUTES), dtype=torch.int64, device=device)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
+    with torch.inference_mode(), precision:
+        # The first call on a GPU loads and compiles.
+        each = [seconds(lambda: model(blank, times, attributes), device) for _ in range(1 + cuda)]
+    batches = math.ceil(pairs / _batch(device)) if cuda else branches * pairs
+    total = each[-1] * batches * sum(way.calls for way in ways)
+    words = f"about {in_words(total)}"
+    told = f"{each[-1]:.2g} s per dense model call, {len(ways)} ways, {pairs} clips"
+    if total > PATIENCE and not cuda and not request.yes:
         raise TubeletError(
-            f"this would take about {in_words(total)} on this CPU ({each:.1f} s per model call, "
-            f"{len(ways)} ways, {pairs} clips); use --device cuda, --quick, or confirm with --yes"
+            f"this would take {words} on this CPU ({told}); use --device cuda, --quick, fewer "
+            "--pairs or --steps, or confirm with --yes"
         )
+    announce(f"{words} if sparse calls take as long as dense ones ({told}), and compiling")

@@ -4,9 +4,10 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,6 +35,18 @@ FIGURES = {
 WORSE_ABOVE = frozenset({"latent_error"})
 """Figures whose bad end is the high one."""
 
+Kind = Literal["reference", "floor", "control", "recipe", "curve", "compensated"]
+"""What a way is: the dense run, its noise floor, a control, or recipes on the model."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""In the order of a result."""
+
+COMMON = ("reference", "floor", "control")
+"""Kinds that different runs may share."""
+
+SHARED = ("model", "sha256", "pairs", "clip", "guidance", "precision", "quick", "dense_steps")
+"""Fields that the parts of one result have in common."""
+
 EXACT, ROUNDING, LOSSY = "exact", "lossless to rounding", "lossy"
 
 
@@ -49,16 +62,23 @@ class Outcome:
         figures: A value per pair, by the keys of `FIGURES`.
         label: "exact", "lossless to rounding" or "lossy".
         density: Mean share of the block pairs of sparse attention calls; None without any.
+        computed: The same of all attention calls: dense ones count whole, and so does what terms
+            of compensation add; None without any sparse call.
+        recipes: What was on the model, as `Recipe.to_dict` gives it.
+        kernels: Implementations that computed the sparse calls.
     """
 
     name: str
-    kind: str
+    kind: Kind
     calls: int
     seconds: float
     exact: bool
     figures: dict[str, list[float]]
     label: str = ""
     density: float | None = None
+    computed: float | None = None
+    recipes: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
 
     def middle(self, figure: str) -> Interval:
         """Median over pairs with its bootstrap interval; of shares the mean."""
@@ -74,13 +94,17 @@ class Outcome:
         values = torch.tensor(self.figures[figure], dtype=torch.float64)
         return bootstrap(values[values.isfinite()], statistic, seed=0, resamples=1000)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with the derived figures."""
-        derived = {
+    @cached_property
+    def derived(self) -> dict[str, Any]:
+        """Statistics of all figures; kept, since a run writes its file after every way."""
+        return {
             name: {"middle": asdict(self.middle(name)), "bad_end": asdict(self.bad_end(name))}
             for name in FIGURES
         }
-        return {**asdict(self), "derived": derived}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the derived figures."""
+        return {**asdict(self), "derived": self.derived}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +121,7 @@ class Generation:
         environment: Hardware, versions, commit, command.
         outcomes: The reference first.
         notes: Things a reader must know.
+        dense_steps: Warm-up that all curves have in common; None without curves.
     """
 
     model: str
@@ -109,6 +134,7 @@ class Generation:
     environment: dict[str, Any]
     outcomes: list[Outcome]
     notes: list[str] = field(default_factory=list)
+    dense_steps: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -131,13 +157,51 @@ def read_generation(path: str | os.PathLike[str]) -> Generation:
         data = json.loads(Path(path).read_text())
         if (data.pop("kind"), data.pop("schema")) != (KIND, SCHEMA):
             raise ValueError("another kind or schema")
-        outcomes = [
-            Outcome(**{key: value for key, value in item.items() if key != "derived"})
-            for item in data.pop("outcomes")
-        ]
+        outcomes = [_outcome(item) for item in data.pop("outcomes")]
         return Generation(outcomes=outcomes, **data)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise TubeletError(f"{path} is not a result of tubelet bench generation: {error}") from None
+
+
+def join(shards: Sequence[Generation]) -> Generation:
+    """One result from shards, or from runs of different ways.
+
+    Every shard compares with a dense reference that it drew itself from the same noise; that of
+    the first one stays, and so do its floor and controls where several have them.
+
+    Raises:
+        TubeletError: Shards differ in what they drew, or hold the same recipes twice.
+    """
+    first, outcomes = shards[0], list(shards[0].outcomes)
+    for shard in shards[1:]:
+        for name, (ours, theirs) in _protocols(first, shard).items():
+            if ours != theirs:
+                raise TubeletError(f"the files have different {name}: {ours} and {theirs}")
+        names = {outcome.name for outcome in outcomes}
+        for outcome in shard.outcomes:
+            if outcome.name not in names:
+                outcomes.append(outcome)
+            elif outcome.kind not in COMMON:
+                raise TubeletError(f"{outcome.name} is in two of the files")
+    outcomes.sort(key=lambda outcome: KINDS.index(outcome.kind))
+    label_all(outcomes)
+    notes = list(dict.fromkeys(note for shard in shards for note in shard.notes))
+    return replace(first, outcomes=outcomes, notes=notes)
+
+
+def _protocols(one: Generation, other: Generation) -> dict[str, tuple[Any, Any]]:
+    """What the parts of one result have in common, of two of them."""
+    same = {name: (getattr(one, name), getattr(other, name)) for name in SHARED}
+    same["reference"] = (one.outcomes[0].name, other.outcomes[0].name)
+    same["hardware"] = (one.environment["hardware"], other.environment["hardware"])
+    return same
+
+
+def label_all(outcomes: Sequence[Outcome]) -> None:
+    """Label every outcome by the noise floor among them."""
+    floor = [outcome for outcome in outcomes if outcome.kind == "floor"]
+    for outcome in outcomes:
+        outcome.label = label_of(outcome, floor)
 
 
 def label_of(outcome: Outcome, floor: Sequence[Outcome]) -> str:
@@ -151,6 +215,16 @@ def label_of(outcome: Outcome, floor: Sequence[Outcome]) -> str:
         return EXACT
     allowed = max((max(other.figures["latent_error"]) for other in floor), default=0.0)
     return ROUNDING if max(outcome.figures["latent_error"]) <= allowed else LOSSY
+
+
+def _outcome(data: dict[str, Any]) -> Outcome:
+    kept = {key: value for key, value in data.items() if key != "derived"}
+    # JSON has null where a figure was not finite.
+    kept["figures"] = {
+        name: [math.nan if value is None else value for value in values]
+        for name, values in kept["figures"].items()
+    }
+    return Outcome(**kept)
 
 
 def _median(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tubelet.bench.fidelity.generation_curve_tables import curves_markdown, curves_page
 from tubelet.bench.fidelity.generation_result import FIGURES, Generation, Outcome
 from tubelet.bench.fidelity.page import render_template
 from tubelet.bench.fidelity.svg import Chart, Series, draw
@@ -35,7 +36,13 @@ def write_generation(out: Path, found: Generation) -> None:
     out.mkdir(parents=True, exist_ok=True)
     found.to_json(out / "generation.json")
     write_whole(out / "generation.html", page(found))
-    write_whole(out / "generation.md", generation_table(found) + "\n")
+    parts = [markdown(found), generation_table(found)]
+    write_whole(out / "generation.md", "\n\n".join(dict.fromkeys(parts)) + "\n")
+
+
+def markdown(found: Generation) -> str:
+    """What a reader wants first: the curves where there are any, else every way."""
+    return curves_markdown(found) if found.dense_steps is not None else generation_table(found)
 
 
 def generation_table(found: Generation) -> str:
@@ -92,7 +99,8 @@ def page(found: Generation) -> str:
         heading=heading(found),
         columns=columns(found),
         rows=rows(found),
-        chart=draw(_chart(found)),
+        chart=None if found.dense_steps is not None else draw(_chart(found)),
+        curves=None if found.dense_steps is None else curves_page(found),
         meanings=FIGURES,
     )
 

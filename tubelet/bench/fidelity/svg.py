@@ -152,11 +152,12 @@ def _series(series: Series, plane: _Plane) -> list[str]:
     if series.line != "none" and len(places) > 1:
         steps = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
         parts.append(f'<path class="line {series.line}" d="M{steps}"/>')
-    parts += [_mark(MARKS[series.style % len(MARKS)], x, y) for x, y in places]
+    parts += [mark(MARKS[series.style % len(MARKS)], x, y) for x, y in places]
     return [*parts, "</g>"]
 
 
-def _mark(kind: str, x: float, y: float, r: float = 4.4) -> str:
+def mark(kind: str, x: float, y: float, r: float = 4.4) -> str:
+    """One of `MARKS` around a place."""
     if kind in ("circle", "ring"):
         css = "mark hollow" if kind == "ring" else "mark"
         return f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
@@ -196,7 +197,7 @@ def _labels(chart: Chart, plane: _Plane) -> list[str]:
             f'<path class="lead" d="M{x + 6:.1f} {y:.1f}L{edge - 4} {spot:.1f}"/><g class="{css}">'
         )
         if style >= 0:
-            parts.append(_mark(MARKS[style], edge + 3, spot, 3.6))
+            parts.append(mark(MARKS[style], edge + 3, spot, 3.6))
         shown = escape(name if len(name) <= 30 else name[:29] + "…")
         parts.append(f'<text class="name" x="{edge + 12}" y="{spot + 4:.1f}">{shown}</text></g>')
     return parts

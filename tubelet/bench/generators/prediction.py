@@ -64,7 +64,7 @@ class Prediction:
 
 def probe(model: nn.Module, task: Task, recipes: Combination = ()) -> Drawn:
     """Two steps of the same clip; recipes begin at once, not after their dense steps."""
-    return draw(model, replace(task, steps=STEPS), tuple(map(_at_once, recipes)))
+    return draw(model, replace(task, steps=STEPS), tuple(map(at_once, recipes)))
 
 
 def predict(
@@ -121,5 +121,6 @@ def sites_of(model: nn.Module) -> list[Site]:
     return adapter_for(model).sites(model)
 
 
-def _at_once(recipe: Recipe) -> Recipe:
+def at_once(recipe: Recipe) -> Recipe:
+    """The recipe without its dense steps."""
     return replace(recipe, dense_steps=0.0) if isinstance(recipe, SparseAttention) else recipe
