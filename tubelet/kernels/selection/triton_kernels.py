@@ -269,6 +269,61 @@ def keep_above(
 
 @triton.jit
 @no_type_check
+def keep_above_pass(
+    SCORE, KEPT, SUMS, FOUND, TOTAL, wanted, columns, rows, segments, place,
+    BY_MASS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """One pass of `keep_above` over long rows, four bits of the threshold each.
+
+    A program sums one segment of a row above 16 candidates; the next pass adds up the segments
+    and knows four more bits. Nothing is added atomically, so the result is always the same. Grid:
+    rows x segments. SUMS [9, rows, segments, 16], FOUND [9, rows] and TOTAL [rows] are scratch;
+    `place` is the number of the pass, the last of which writes KEPT.
+    """
+    segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
+    candidates = tl.arange(0, 16)
+    found = tl.zeros([], tl.uint32)
+    total = 0.0
+    if not FIRST:
+        before = tl.load(FOUND + (place - 1) * rows + row).to(tl.uint32, bitcast=True)
+        at = tl.arange(0, SEGMENTS)
+        parts = SUMS + (((place - 1) * rows + row) * segments + at[:, None]) * 16
+        held = tl.load(parts + candidates[None, :], mask=(at < segments)[:, None], other=0)
+        sums = tl.sum(held, 0)
+        target = wanted
+        if BY_MASS:
+            # The lowest candidate of the first pass is below every entry.
+            total = tl.sum(tl.where(candidates == 0, sums, 0.0), 0)
+            if place > 1:
+                total = tl.load(TOTAL + row)
+            target = wanted * total
+        reached = (sums >= target) & (candidates > 0)
+        digit = tl.sum(reached.to(tl.int32), 0).to(tl.uint32)
+        found = before + (digit << tl.cast(32 - 4 * place, tl.uint32))
+    if segment == 0:
+        tl.store(FOUND + place * rows + row, found.to(tl.int32, bitcast=True))
+        if BY_MASS:
+            tl.store(TOTAL + row, total)
+    at = segment * CHUNK + tl.arange(0, CHUNK)
+    start = row.to(tl.int64) * columns
+    score = tl.load(SCORE + start + at, mask=at < columns, other=0.0)
+    key = _key(score)
+    if LAST:
+        if BY_MASS:
+            # A row that sums to zero has no ranking and keeps everything.
+            found = tl.where(total > 0, found, tl.zeros([], tl.uint32))
+        tl.store(KEPT + start + at, (key >= found).to(tl.uint8), mask=at < columns)
+    else:
+        worth = tl.where(at < columns, score if BY_MASS else 1, 0)
+        unit = tl.full([], 1, tl.uint32) << tl.cast(28 - 4 * place, tl.uint32)
+        out = SUMS + ((place * rows + row) * segments + segment) * 16
+        for j in tl.static_range(16):
+            tl.store(out + j, tl.sum(tl.where(key >= found + j * unit, worth, 0), 0))
+
+
+@triton.jit
+@no_type_check
 def lists(KEPT, COUNTS, INDICES, columns, CHUNK: tl.constexpr):  # fmt: skip
     """Numbers of the kept columns of one row, in ascending order. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)

@@ -14,6 +14,12 @@ WIDEST = 32768
 
 LOG2E = math.log2(math.e)
 
+LONG = 4096
+"""Entries of a row that one program searches alone; longer rows are searched by several."""
+
+PASSES = 9
+"""Over long rows: eight find four bits of the threshold each, the last one applies it."""
+
 SMALL = (4, 8, 16, 32)
 """Tokens of blocks that are averaged many at a time."""
 
@@ -165,16 +171,42 @@ def above(score: Tensor, wanted: float) -> Tensor:
 
     score = score.contiguous()
     columns = score.shape[-1]
+    rows = score.numel() // columns
     kept = torch.empty_like(score, dtype=torch.bool)
-    long = columns > 4096
+    by_mass = isinstance(wanted, float)
     with on_device(score):
-        kernels.keep_above[(score.numel() // columns,)](
-            *(score, kept.view(torch.uint8), wanted, columns),
-            BY_MASS=isinstance(wanted, float),
-            CHUNK=8192 if long else max(16, _power(columns)),
-            num_warps=16 if long else 4,
-        )
+        if columns > LONG:
+            _above_in_long_rows(score, kept, wanted, rows, columns)
+        else:
+            kernels.keep_above[(rows,)](
+                *(score, kept.view(torch.uint8), wanted, columns),
+                BY_MASS=by_mass,
+                CHUNK=max(16, _power(columns)),
+            )
     return kept
+
+
+def _above_in_long_rows(
+    score: Tensor, kept: Tensor, wanted: float, rows: int, columns: int
+) -> None:
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    segments = -(-columns // LONG)
+    worth = torch.float32 if isinstance(wanted, float) else torch.int32
+    sums = torch.empty(PASSES, rows, segments, 16, dtype=worth, device=score.device)
+    found = torch.empty(PASSES, rows, dtype=torch.int32, device=score.device)
+    total = torch.empty(rows, dtype=torch.float32, device=score.device)
+    for number in range(PASSES):
+        kernels.keep_above_pass[(rows * segments,)](
+            *(score, kept.view(torch.uint8), sums, found, total, wanted),
+            *(columns, rows, segments, number),
+            BY_MASS=isinstance(wanted, float),
+            FIRST=number == 0,
+            LAST=number == PASSES - 1,
+            CHUNK=LONG,
+            SEGMENTS=_power(segments),
+            num_warps=8,
+        )
 
 
 def lists(kept: Tensor) -> tuple[Tensor, Tensor]:
