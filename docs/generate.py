@@ -20,6 +20,8 @@ from tubelet.bench.fidelity.generation_tables import generation_table
 from tubelet.bench.fidelity.result import read_runs
 from tubelet.bench.fidelity.summary import average_standings, core_tasks
 from tubelet.bench.fidelity.tables import docs_table, percent
+from tubelet.bench.llm.result import read_runs as read_llm
+from tubelet.bench.llm.table import markdown as llm_tables
 from tubelet.bench.matrix import methods, support
 from tubelet.nn.weights import load_weights, read_card, shipped
 
@@ -34,6 +36,7 @@ TARGETS = tuple(
         "docs/models.md",
         "docs/sparse-attention.md",
         "docs/attention-figures.md",
+        "docs/video-llms.md",
     )
 )
 RESULTS = ROOT / "bench" / "results"
@@ -211,6 +214,17 @@ def attention_cpu() -> str:
     return attention_tables(read_attention(RESULTS / "attention" / "cpu.json")).strip()
 
 
+def language_models() -> str:
+    """Video language models on a GPU, as measured."""
+    paths = sorted((RESULTS / "llm").glob("*.json"))
+    if not paths:
+        return (
+            "Not measured yet on a GPU. `tubelet bench llm --device cuda` measures; what it writes "
+            "goes to `bench/results/llm/`."
+        )
+    return llm_tables([run for path in paths for run in read_llm(path)]).strip()
+
+
 def cards() -> str:
     """One row per shipped weights file."""
     lines = [
@@ -264,6 +278,7 @@ SECTIONS = {
     "forward": forward_passes,
     "attention-quality": attention_quality,
     "cards": cards,
+    "llm": language_models,
     "figures": lambda: figures(sorted(path.stem for path in RESULTS.glob("*.json"))),
 }
 

@@ -97,8 +97,43 @@ def test_what_the_kernel_cannot_take_is_refused(sizes, block, reason):
     assert reason in str(why_not("triton", q, k, v, plan))
 
 
-def test_gradients_and_causality_are_refused():
+CAUSAL = {
+    "ragged": ({"num": 50, "keys": 50}, (32, 16), {}),
+    "several tiles": ({"num": 200, "keys": 200}, (48, 96), {}),
+    "shared lists": ({"num": 64, "keys": 64}, (16, 32), {"batch": 1, "heads": 1}),
+    "half": ({"num": 49, "keys": 49, "dtype": torch.float16}, (32, 32), {}),
+}
+
+
+@pytest.mark.parametrize("order", [None, 1, 2])
+@pytest.mark.parametrize(("sizes", "block", "shared"), CAUSAL.values(), ids=CAUSAL)
+def test_causal_lists_equal_the_reference(sizes, block, shared, order):
+    q, k, v = inputs(**sizes)
+    mask = mask_of(sizes["num"], sizes["keys"], block, **shared)
+    places = None
+    if order is not None:
+        places = torch.stack([torch.randperm(sizes["num"]) for _ in range(order)])
+    compare(q, k, v, AttentionPlan(mask=mask, order=places), causal=True)
+
+
+def test_causal_lists_take_a_key_bias_and_padding():
+    q, k, v = inputs(50, 50)
+    bias = torch.randn(2, 50)
+    bias[:, ::3] = -torch.inf
+    k[:, :, 41:], v[:, :, 41:] = torch.nan, torch.inf
+    compare(q, k, v, AttentionPlan(mask=mask_of(50, 41, (16, 16))), key_bias=bias, causal=True)
+
+
+def test_what_is_later_is_not_read():
+    q, k, v = inputs(64, 64)
+    plan = AttentionPlan(mask=mask_of(64, 64, (16, 16)))
+    clean, _ = attention(q, k, v, plan, impl="triton", causal=True)
+    k[:, :, 32:], v[:, :, 32:] = torch.nan, torch.inf
+    out, _ = attention(q, k, v, plan, impl="triton", causal=True)
+    assert torch.equal(out[:, :, :32], clean[:, :, :32])
+
+
+def test_gradients_are_refused():
     q, k, v = inputs(32, 32)
     plan = AttentionPlan(mask=mask_of(32, 32, (16, 16)))
-    assert "causal" in str(why_not("triton", q, k, v, plan, causal=True))
     assert "backward" in str(why_not("triton", q.clone().requires_grad_(), k, v, plan))

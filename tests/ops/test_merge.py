@@ -12,6 +12,7 @@ from tubelet.core.grid import TokenGrid
 from tubelet.ops.merge import (
     alternate_similarity,
     bipartite_match,
+    blend,
     drop,
     grid_pool,
     nearest_anchor,
@@ -162,3 +163,26 @@ def test_grid_pool_of_single_tokens_is_the_identity():
 
 def test_pooled_shape_rounds_up():
     assert pooled_shape(TokenGrid(frames=5, height=4, width=1), (2, 4, 3)) == (3, 1, 1)
+
+
+@SETTINGS
+@given(st.integers(1, 9), st.floats(0, 1), SEEDS)
+def test_blend_gives_kept_tokens_at_least_their_share(num, share, seed):
+    torch.manual_seed(seed)
+    kept = torch.rand(num) < 0.4
+    kept[0] = True
+    places = kept.nonzero()[:, 0]
+    target = places[torch.randint(len(places), (num,))]
+    target = torch.where(torch.rand(num) < 0.2, -1, target)
+    target[places] = places
+    x = torch.randn(1, num, 3)
+    plan = blend(target[None], places[None], share)
+    plan.check()
+    found = plan.reduce(x)[0]
+    for out, place in zip(found, places.tolist(), strict=True):
+        others = [n for n in range(num) if target[n] == place and n != place]
+        wanted = x[0, place]
+        if others:
+            own = max(share, 1 / (len(others) + 1))
+            wanted = own * wanted + (1 - own) * x[0, others].mean(0)
+        torch.testing.assert_close(out, wanted, atol=1e-5, rtol=0)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tubelet.ops.score import pixel_difference
-from tubelet.ops.segment import run_heads, run_lengths, run_starts
+from tubelet.ops.segment import cut_starts, run_heads, run_lengths, run_starts
 
 SETTINGS = settings(deadline=None, max_examples=50, derandomize=True)
 SEEDS = st.integers(0, 2**16)
@@ -75,3 +75,12 @@ def test_heads_and_lengths_follow_the_starts(steps, places, share, seed):
             assert lengths[b, :, p].tolist() == [expected.count(f) for f in range(steps)]
     assert torch.equal(lengths > 0, starts)
     assert bool((lengths.sum(1) == steps).all())
+
+
+@SETTINGS
+@given(st.lists(st.integers(0, 5), max_size=9), st.integers(1, 6), st.integers(0, 6))
+def test_cuts_are_the_least_similar_transitions_and_all_below_the_threshold(values, least, bound):
+    starts = cut_starts(torch.tensor(values, dtype=torch.float32), least, float(bound)).tolist()
+    order = sorted(range(len(values)), key=lambda place: (values[place], place))
+    wanted = set(order[: least - 1]) | {p for p, value in enumerate(values) if value < bound}
+    assert starts == [True, *(place in wanted for place in range(len(values)))]

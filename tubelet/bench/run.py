@@ -54,7 +54,7 @@ def run_comparison(request: Request, progress: Progress) -> Comparison:
     check_folder(request.out, FILES)
     device = checked_device(request.device)
     progress("loading the model", 0, 1)
-    _hush_transformers()
+    hush_transformers()
     dtype = getattr(torch, request.dtype)
     loaded = load_model(request.model, dtype=dtype, device=device, seed=request.seed)
     progress("decoding the clip", 0, 1)
@@ -106,7 +106,8 @@ def combination(text: str) -> list[Recipe]:
     return [parse(part) for part in parts]
 
 
-def _hush_transformers() -> None:
+def hush_transformers() -> None:
+    """No bars and no chatter of transformers in this process."""
     # Its bars and tables would break the one-line errors; what matters becomes a note.
     from transformers.utils import logging
 

@@ -270,6 +270,104 @@ def forward(
     console.print(f"wrote {out / 'forward.json'}", soft_wrap=True)
 
 
+@bench.command()
+def llm(
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Published video LLM with random weights, or a local folder; default: "
+            "qwen3-vl-8b, with --quick tiny-qwen3-vl."
+        ),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="Join with + to combine; default: all with --keep. Repeatable."),
+    ] = None,
+    keep: Annotated[
+        float, typer.Option(help="Of all recipes with a keep_ratio, where none is named.")
+    ] = 0.25,
+    grid: Annotated[
+        str | None, typer.Option(help="Video tokens, such as 64x16x16; default: the preset's.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="A video file to read, in place of rendered clips.")
+    ] = None,
+    question: Annotated[int, typer.Option(help="Words behind the video.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Answer tokens behind the first.")] = 32,
+    concurrency: Annotated[
+        str, typer.Option(help="Prompts answered together, comma-separated.")
+    ] = "1,8,32",
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed runs, in turns with dense.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Keep only so many layers of a preset's LLM.")
+    ] = None,
+    vision_attention: Annotated[
+        str, typer.Option(help="Of Qwen's vision tower: packed, or the host's frame by frame.")
+    ] = "packed",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, clips and words.")] = 0,
+    shard: Annotated[str, typer.Option(help="i/n: run every n-th recipe, from the i-th.")] = "1/1",
+    quick: Annotated[bool, typer.Option(help="A smoke test of seconds.")] = False,
+    join: Annotated[
+        list[Path] | None, typer.Option(help="Join result files instead. Repeatable.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/llm"),
+    as_json: Json = False,
+) -> None:
+    """Video LLMs: time to the first token, decoding, throughput; bounds first, then measured."""
+    from tubelet.bench.llm.run import FILES, Request, join_files, run_llm
+    from tubelet.bench.llm.table import failures, rich_table
+
+    def announce(words: str) -> None:
+        if not as_json:
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    if join:
+        runs = join_files(join, out)
+    else:
+        request = Request(
+            out=out,
+            preset=preset,
+            recipes=tuple(recipe or ()),
+            keep=keep,
+            grid=None if grid is None else _grid(grid),
+            clip=clip,
+            question=question,
+            new_tokens=new_tokens,
+            concurrencies=tuple(map(int, _numbers(concurrency, (), "--concurrency"))),
+            repeats=repeats,
+            layers=layers,
+            vision=vision_attention,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            shard=_shard(shard),
+            quick=quick,
+        )
+        with progress_bar(quiet=as_json) as tell:
+            runs = run_llm(request, tell, announce)
+    if as_json:
+        return print_json([run.to_dict() for run in runs])
+    for run in runs:
+        console.print(rich_table(run))
+        for name, why in failures(run):
+            console.print(f"not measured: {name}: {why}", markup=False, soft_wrap=True)
+        for note in run.notes:
+            console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    console.print(f"wrote {', '.join(str(out / name) for name in FILES)}", soft_wrap=True)
+
+
+def _grid(text: str) -> tuple[int, int, int]:
+    try:
+        frames, height, width = (int(word) for word in text.lower().split("x"))
+    except ValueError:
+        raise TubeletError(f"--grid takes sizes such as 64x16x16, got {text!r}") from None
+    return frames, height, width
+
+
 def _block(text: str) -> tuple[int, int]:
     try:
         rows, columns = (int(word) for word in text.lower().split("x"))

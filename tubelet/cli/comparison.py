@@ -72,6 +72,7 @@ def compare(
         options = {"steps": steps, "guidance": guidance, "seed": seed, "device": device}
         given = {name: value for name, value in options.items() if value is not None}
         return _compare_generator(clip, model, tuple(recipe or ()), out, given, as_json)
+    _refuse_llm(model)
     generators_only = {"--steps": steps is not None, "--guidance": guidance is not None}
     _refuse(generators_only, f"{model} is no generator")
     from tubelet.bench.run import Request, run_comparison
@@ -132,6 +133,16 @@ def _compare_generator(
     for note in found.notes:
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     console.print(f"wrote {', '.join(str(out / name) for name in FILES)}", soft_wrap=True)
+
+
+def _refuse_llm(model: str) -> None:
+    from tubelet.models.llm_presets import is_llm
+
+    if is_llm(model):
+        raise TubeletError(
+            f"{model} is a video language model: `tubelet bench llm` measures it dense and with "
+            "recipes, `tubelet ask` compares answers of a trained one on a clip"
+        )
 
 
 def _refuse(given: dict[str, bool], why: str) -> None:

@@ -27,6 +27,8 @@ CAPABILITIES = {
     "attention": "an attention call that can be replaced",
     "joint": "attention over all tokens of a grid at once",
     "generator": "a run of denoising steps",
+    "video prompt": "a language model with video tokens in its prompt",
+    "kv cache": "a language model with a key-value cache",
     **{f"trained {name}": "trained modules of its own" for name in TRAINED},
 }
 """What a recipe may require of a host, in words."""

@@ -22,8 +22,9 @@ class AttentionPlan:
     Args:
         mask: Block pairs to compute, in the order given by `order`; None computes all. A mask with
             fewer keys than queries leaves out the last tokens of the order as keys: padding.
-        order: [H or 1, N] int64 permutation of the tokens applied to queries, keys and values
-            before the call and undone on the result; None keeps the order. Self-attention only.
+        order: [G or 1, N] int64 permutation of the tokens applied to queries, keys and values
+            before the call and undone on the result, one per key head or one for all; None keeps
+            the order. Self-attention only.
         approximate: Key blocks that the mask leaves out still count, to zeroth order: each by its
             mean key and mean value, as often as it has tokens (Sol-Attn, arXiv:2607.24027).
         delta_rows: Compute every such query densely too and add what it gains over the sparse

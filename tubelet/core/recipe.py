@@ -5,12 +5,17 @@
     │   ├── TokenReduction     TokenContext -> TokenAssignment
     │   ├── RaggedReduction    TokenContext -> mask, as many tokens as the input needs
     │   └── LearnedReduction   TokenContext -> LearnedPlan, new tokens from a trained module
+    ├── PromptReduction        PromptContext -> TokenAssignment, before a language model
+    ├── LayerReduction         LayerContext -> TokenAssignment, inside a language model
     ├── SparseAttention        AttentionContext -> AttentionPlan
+    ├── SparsePrefill          PrefillContext -> AttentionPlan, causal, over a prompt
     ├── AttentionReuse         when an earlier plan serves again
     ├── AttentionCompensation  AttentionPlan -> AttentionPlan with terms for what is left out
     ├── AttentionQuantization  precision of the attention product
     ├── StepCache              StepContext -> Action
-    └── KVPolicy               what a key-value cache keeps
+    └── KVPolicy
+        ├── KVStorage          StoreContext -> bits of each token of a key-value cache
+        └── KVReads            ReadContext -> tokens of it that a layer reads
 
 A concrete recipe carries its citation and its identity point as class attributes and its
 parameters as fields made with `param`, which hold their own ranges.
@@ -31,8 +36,11 @@ from torch import Tensor
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import AttentionContext, Site, StepContext, TokenContext
 from tubelet.core.errors import RecipeError, UnsupportedError
+from tubelet.core.kv import ReadContext, StoreContext
 from tubelet.core.learned import LearnedPlan
 from tubelet.core.plan import AttentionPlan
+from tubelet.core.prefill import PrefillContext
+from tubelet.core.prompt import LayerContext, PromptContext
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,73 @@ class LearnedReduction(TokenRecipe):
         """The new tokens and the way back; None leaves the tokens alone."""
 
 
+POSITIONS = ("keep", "compact", "anchor")
+"""Where video tokens of a shortened prompt stand; see `PositionPolicy`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionPolicy(Recipe):
+    """Shortens the prompt of a video language model; what its two kinds have in common."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"video prompt"})
+
+    positions: str = param(
+        "keep",
+        "keep: tokens, text and answer stand where they would in the full prompt; compact: all "
+        "are renumbered; anchor: as keep, merged tokens at their earliest member",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions not in POSITIONS:
+            raise RecipeError(
+                f"{self.name}.positions must be one of {', '.join(POSITIONS)}, got "
+                f"{self.positions!r}"
+            )
+
+    @property
+    def vision(self) -> frozenset[tuple[str, int]]:
+        """(statistic, layer) of the vision tower that the decision asks for; the host keeps only
+        what is named here. See `tubelet.core.prompt.VISION_STATISTICS`."""
+        return frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReduction(PositionPolicy):
+    """Decides, before a language model, which tokens of a video its prompt holds.
+
+    Each video of a batch is decided alone. How many tokens stay may depend on the input; a
+    method with a budget keeps exactly that many.
+    """
+
+    stage: ClassVar[str] = "prompt"
+
+    def acts_on(self, site: Site) -> bool:
+        """Between projector and language model."""
+        return site.kind == "prompt"
+
+    @abstractmethod
+    def plan(self, ctx: PromptContext) -> TokenAssignment | None:
+        """Where the tokens of this video go; None leaves them alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReduction(PositionPolicy):
+    """Decides, in front of a layer of a language model, which video tokens go on.
+
+    All videos of a prompt are decided together, each prompt of a batch alone. Layers before keep
+    the keys and values of what is dropped.
+    """
+
+    stage: ClassVar[str] = "layers"
+    statistics: ClassVar[bool] = False
+    """Whether the decision asks for the attention call of the layer before."""
+
+    @abstractmethod
+    def plan(self, ctx: LayerContext) -> TokenAssignment | None:
+        """Where the video tokens of this prompt go; None leaves them alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SparseAttention(Recipe):
     """Decides how one attention call is computed.
@@ -224,6 +299,28 @@ class SparseAttention(Recipe):
 
     @abstractmethod
     def plan(self, ctx: AttentionContext) -> AttentionPlan:
+        """The plan for this call; the empty plan is dense attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsePrefill(Recipe):
+    """Decides which keys the tokens of a prompt attend to in a video language model.
+
+    Every prompt of a batch is decided alone, when all of it is there; the tokens of the answer
+    attend to everything. Plans are causal: a query never attends to a later token, listed or not.
+    """
+
+    stage: ClassVar[str] = "prefill"
+    requires: ClassVar[frozenset[str]] = frozenset({"video prompt"})
+
+    dense_layers: int = param(0, "first layers that stay dense", least=0)
+
+    def acts_on(self, site: Site) -> bool:
+        """Layers of the language model behind the dense ones."""
+        return site.kind == "llm" and site.layer >= self.dense_layers
+
+    @abstractmethod
+    def plan(self, ctx: PrefillContext) -> AttentionPlan:
         """The plan for this call; the empty plan is dense attention."""
 
 
@@ -282,9 +379,54 @@ class StepCache(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class KVPolicy(Recipe):
-    """Decides what a key-value cache keeps."""
+    """Decides about the key-value cache of a language model; what its two kinds have in common.
+
+    The two compose: one decides how tokens are stored, the other which are read.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"kv cache"})
+
+    def acts_on(self, site: Site) -> bool:
+        """In every layer."""
+        return site.kind == "llm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVStorage(KVPolicy):
+    """Decides in how many bits each token of a cache is stored.
+
+    The prompt is decided behind its own attention call, which sees it as it came. Each prompt of
+    a batch is decided alone.
+    """
 
     stage: ClassVar[str] = "cache"
+    decides: ClassVar[str] = "store"
+
+    every: int = param(100, "new tokens that are kept as they came before they are stored", least=1)
+
+    @abstractmethod
+    def store(self, ctx: StoreContext) -> Tensor | None:
+        """[n] int64, one of `tubelet.core.kv.BITS` for each token; None leaves all as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVReads(KVPolicy):
+    """Decides which tokens of a cache a layer reads for the next token of an answer.
+
+    All of them stay in the cache. Asked once per layer and step that `acts_on` names, behind the
+    first layer.
+    """
+
+    stage: ClassVar[str] = "cache reads"
+    decides: ClassVar[str] = "read"
+
+    def acts_on(self, site: Site) -> bool:
+        """In every layer but the first, which has no layer before it to look at."""
+        return site.kind == "llm" and site.layer >= 1
+
+    @abstractmethod
+    def read(self, ctx: ReadContext) -> Tensor | None:
+        """[1, K] or, for each head of the cache, [Hkv, K] int64 places; None reads all."""
 
 
 _BAD = object()

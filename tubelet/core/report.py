@@ -22,13 +22,17 @@ class Report:
     model: str
     recipes: tuple[str, ...]
     calls: int = 0
-    tokens_in: int = 0
+    tokens_in: float = 0
     _layers: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     _changes: dict[tuple[str, str], list[tuple[float, float]]] = field(
         default_factory=lambda: defaultdict(list)
     )
     attention: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    stored: Counter[str] = field(default_factory=Counter)
+    """Tokens of key-value caches by recipe and bits, summed over layers and prompts."""
+    cache_bytes: tuple[int, int] | None = None
+    """Bytes that the latest key-value cache holds, and those of one that holds all as it came."""
     _shares: list[tuple[int, StepContext | None, Tensor]] = field(default_factory=list)
     _checks: list[tuple[int, StepContext | None, Tensor, Tensor, float]] = field(
         default_factory=list
@@ -62,8 +66,8 @@ class Report:
             return None
         return sum(float(s.mean()) for _, _, s in self._shares) / len(self._shares)
 
-    def start_run(self, tokens: int) -> None:
-        """A forward pass begins with `tokens` tokens per sample."""
+    def start_run(self, tokens: float) -> None:
+        """A forward pass begins with `tokens` tokens per sample (mean over the batch)."""
         self.calls += 1
         self.tokens_in = tokens
 
@@ -83,7 +87,8 @@ class Report:
             if name == recipe
             for before, after in pairs
         )
-        return shrunk or any(key.startswith(f"{recipe}: ") for key in self.attention)
+        seen = [*self.attention, *self.stored]
+        return shrunk or any(key.startswith(f"{recipe}: ") for key in seen)
 
     @property
     def tokens_per_layer(self) -> list[float]:
@@ -116,6 +121,8 @@ class Report:
             "changes": changes,
             "attention": dict(self.attention),
             "fallbacks": dict(self.fallbacks),
+            "stored": dict(self.stored),
+            "cache_bytes": None if self.cache_bytes is None else list(self.cache_bytes),
             "densities": self.densities(),
             "verified": self.verified(),
         }
@@ -126,7 +133,7 @@ class Report:
         if counts:
             mean = sum(counts) / len(counts)
             shown = " ".join(f"{count:.0f}" for count in counts)
-            lines.append(f"tokens entering each layer (of {self.tokens_in}): {shown}")
+            lines.append(f"tokens entering each layer (of {self.tokens_in:.0f}): {shown}")
             lines.append(f"mean over layers: {mean:.1f} ({mean / max(self.tokens_in, 1):.1%})")
         for row in self.to_dict()["changes"]:
             before, after = row["before"], row["after"]
@@ -145,6 +152,13 @@ class Report:
                 f"verified at {mean['cost']:.2%} of dense: error {mean['error']:.3f} (worst "
                 f"{worst['error']:.3f} in layer {worst['layer']}){recall}"
             )
+        if self.cache_bytes is not None:
+            held, dense = self.cache_bytes
+            lines.append(
+                f"key-value cache: {held / 2**20:.2f} MiB of {dense / 2**20:.2f} "
+                f"({held / max(dense, 1):.1%})"
+            )
+        lines += [f"  cache {what}: {n} tokens" for what, n in self.stored.items()]
         lines += [f"  attention {what}: {n} calls" for what, n in self.attention.items()]
         lines += [f"  fall-back: {why}: {n} times" for why, n in self.fallbacks.items()]
         return "\n".join(lines)

@@ -55,7 +55,10 @@ class BuiltModel:
     notes: tuple[str, ...] = ()
 
 
-NO_STEPS = {"generator": "an encoder runs once, not in denoising steps"}
+ONLY_ENCODES = {
+    "generator": "an encoder runs once, not in denoising steps",
+    "video prompt": "an encoder reads a video, not a prompt",
+}
 
 NOT_JOINT = {"joint": "divided attention joins the frames of a place, then the places of a frame"}
 
@@ -118,7 +121,7 @@ class EncoderAdapter:
 
     def variants(self) -> dict[str, dict[str, str]]:
         """What each kind of model in the family lacks, by the kind's name."""
-        return {self.family: {**self.missing, **NO_STEPS, **self.untrained()}}
+        return {self.family: {**self.missing, **ONLY_ENCODES, **self.untrained()}}
 
     def variant_of(self, settings: Mapping[str, Any]) -> str:
         """Name of the kind that configuration settings describe."""

@@ -18,7 +18,7 @@ from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
 from tubelet.kernels.attention import attention
 from tubelet.models.divided import DividedRuntime
-from tubelet.models.encoder import NO_STEPS, NOT_JOINT, ClipSpec, EncoderAdapter
+from tubelet.models.encoder import NOT_JOINT, ONLY_ENCODES, ClipSpec, EncoderAdapter
 from tubelet.models.runtime import EncoderRuntime
 
 
@@ -56,7 +56,7 @@ class TimesformerAdapter(EncoderAdapter):
             },
             "TimeSformer, space-only": dict.fromkeys(everything, alone),
         }
-        return {kind: {**lacks, **NO_STEPS} for kind, lacks in kinds.items()}
+        return {kind: {**lacks, **ONLY_ENCODES} for kind, lacks in kinds.items()}
 
     def variant_of(self, settings: Mapping[str, Any]) -> str:
         kind = settings.get("attention_type", "divided_space_time")

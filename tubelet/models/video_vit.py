@@ -10,7 +10,7 @@ from tubelet.core.grid import TokenGrid
 from tubelet.core.handle import Handle
 from tubelet.core.recipe import Recipe
 from tubelet.models.divided import DividedRuntime
-from tubelet.models.encoder import NO_STEPS, NOT_JOINT, BuiltModel, ClipSpec, EncoderAdapter
+from tubelet.models.encoder import NOT_JOINT, ONLY_ENCODES, BuiltModel, ClipSpec, EncoderAdapter
 from tubelet.models.runtime import EncoderRuntime
 from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD, load_weights
 
@@ -49,8 +49,10 @@ class VideoViTAdapter(EncoderAdapter):
             },
             "VideoViT, factorised": dict.fromkeys(everything, factorised),
         }
-        bare = {kind: {**lacks, **NO_STEPS, **self.untrained()} for kind, lacks in kinds.items()}
-        return {**bare, "VideoViT, joint, with reducers": {**joint, **NO_STEPS}}
+        bare = {
+            kind: {**lacks, **ONLY_ENCODES, **self.untrained()} for kind, lacks in kinds.items()
+        }
+        return {**bare, "VideoViT, joint, with reducers": {**joint, **ONLY_ENCODES}}
 
     def variant_of(self, settings: Mapping[str, Any]) -> str:
         kind = settings.get("attention", "joint")

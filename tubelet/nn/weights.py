@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "VideoViT": ("tubelet.nn.vit", "VideoViT", "VideoViTConfig"),
     "VideoDiT": ("tubelet.nn.dit", "VideoDiT", "VideoDiTConfig"),
     "Reducers": ("tubelet.nn.reducers", "Reducers", "ReducersConfig"),
+    "VideoLLM": ("tubelet.nn.video_llm", "VideoLLM", "VideoLLMConfig"),
 }
 """Module, model class and configuration class by architecture name."""
 

@@ -1,5 +1,7 @@
 """Merging: which tokens are joined, as a TokenAssignment."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -75,6 +77,26 @@ def nearest_anchor(x: Float[Tensor, "b n d"], kept: Int[Tensor, "b k"]) -> Int[T
 def drop(mask: Bool[Tensor, "b n"], num: int) -> TokenAssignment:
     """Keep the True entries, of which every row has exactly `num`; drop the others."""
     return TokenAssignment.keep(kept_positions(mask, num), mask.shape[1])
+
+
+def blend(target: Int[Tensor, "b n"], kept: Int[Tensor, "b k"], share: float) -> TokenAssignment:
+    """Merge tokens into kept ones that weigh at least `share` themselves.
+
+    With c tokens merged into it, a kept token weighs w = max(share, 1 / (c + 1)) and each of them
+    (1 - w) / c. A share of 0 gives the mean.
+
+    Args:
+        target: Position of the kept token that token n merges into (its own for kept tokens), -1
+            to drop.
+        kept: Kept positions, ascending; every non-negative `target` is one of them.
+        share: In [0, 1].
+    """
+    plan = TokenAssignment.merge(target, kept, torch.ones(target.shape, device=target.device))
+    own = plan.size.reciprocal().clamp(min=share)
+    own = torch.where(plan.size > 1, own, torch.ones_like(own))
+    other = (1 - own) / (plan.size - 1).clamp(min=1)
+    weight = other.gather(1, plan.index.clamp(min=0)).scatter(1, kept, own)
+    return replace(plan, weight=weight)
 
 
 def grid_pool(

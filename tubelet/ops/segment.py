@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from tubelet.ops.score import rank_of
 
 
 def run_starts(
@@ -44,3 +46,23 @@ def run_heads(starts: Bool[Tensor, "b f p"]) -> Int[Tensor, "b f p"]:
     """Step at which each entry's run began."""
     steps = torch.arange(starts.shape[1], device=starts.device)[None, :, None]
     return torch.where(starts, steps, 0).cummax(1).values
+
+
+def cut_starts(
+    similarity: Float[Tensor, "f"], segments: int, threshold: float
+) -> Bool[Tensor, "t"]:
+    """Where a clip is cut into segments: at its least similar transitions.
+
+    Args:
+        similarity: Of each of T frames but the last to the next one, T - 1 values.
+        segments: At least so many segments, >= 1; every frame is one if there are fewer.
+        threshold: Transitions below it are cut whatever their number.
+
+    Returns:
+        [T] True at the first frame of each segment; equal similarities are cut at the earlier.
+
+    Source:
+        FastVID (Shen et al., 2025, arXiv:2503.11187), DySeg.
+    """
+    cut = (rank_of(-similarity) < segments - 1) | (similarity < threshold)
+    return torch.cat([cut.new_ones(1), cut])

@@ -207,13 +207,16 @@ def guarded_top_k(
     return top_k(score.masked_fill(guarded, torch.inf), k)
 
 
-def apportion(quota: Float[Tensor, "t"], total: int, *, least: int, most: int) -> Int[Tensor, "t"]:
+def apportion(
+    quota: Float[Tensor, "t"], total: int, *, least: int, most: int | Int[Tensor, "t"]
+) -> Int[Tensor, "t"]:
     """Whole numbers near `quota` that add up to exactly `total`, by largest remainders.
 
     Args:
         quota: Shares wanted by each group, any finite numbers.
         total: What the result adds up to, in [t * least, t * most].
-        least, most: Bounds of every group.
+        least: Lower bound of every group.
+        most: Upper bound of every group, or of each; not below `least`.
 
     Returns:
         Where the quotas do not add up to `total`, all are raised or lowered alike. Equal
@@ -223,17 +226,29 @@ def apportion(quota: Float[Tensor, "t"], total: int, *, least: int, most: int) -
         ShapeError: `total` cannot be reached within the bounds.
     """
     groups = len(quota)
-    if not groups * least <= total <= groups * most:
-        raise ShapeError(f"{groups} groups of {least} to {most} entries cannot add up to {total}")
-    if most == least:
+    caps = torch.as_tensor(most, device=quota.device).expand(groups)
+    room = int(caps.sum()) if isinstance(most, Tensor) else groups * most
+    if not groups * least <= total <= room:
+        upper = f"{least} to {most}" if isinstance(most, int) else f"at least {least}"
+        raise ShapeError(
+            f"{groups} groups of {upper} entries, {room} in all, cannot add up to {total}"
+        )
+    widest = int(caps.max()) if isinstance(most, Tensor) else most
+    if widest == least:
         return torch.full_like(quota, least, dtype=torch.int64)
     # Unit j of a group is worth what is left of its quota behind j units: the best units win.
-    worth = quota[:, None] - torch.arange(least, most, device=quota.device)
+    unit = torch.arange(least, widest, device=quota.device)
+    worth = (quota[:, None] - unit).masked_fill(unit >= caps[:, None], -torch.inf)
     units = rank_of(worth.flatten()) < total - groups * least
     return least + units.reshape(groups, -1).sum(1)
 
 
-def max_min(x: Float[Tensor, "b n d"], k: int, chunk: int = 1024) -> Bool[Tensor, "b n"]:
+def max_min(
+    x: Float[Tensor, "b n d"],
+    k: int,
+    chunk: int = 1024,
+    weight: Float[Tensor, "b n"] | None = None,
+) -> Bool[Tensor, "b n"]:
     """Greedy choice of `k` vectors that lie far apart, by cosine distance.
 
     The first is the one whose nearest neighbour is farthest, each further one the farthest from
@@ -243,6 +258,7 @@ def max_min(x: Float[Tensor, "b n d"], k: int, chunk: int = 1024) -> Bool[Tensor
         x: Vectors of any length.
         k: How many, in [1, n].
         chunk: Rows of the distances that exist at once, while the first is sought.
+        weight: Factor >= 0 on the distances of each vector that is not chosen yet; None for 1.
 
     Returns:
         True where chosen, `k` per row.
@@ -260,12 +276,13 @@ def max_min(x: Float[Tensor, "b n d"], k: int, chunk: int = 1024) -> Bool[Tensor
     nearest = torch.cat([_nearest(unit, s, min(s + chunk, num)) for s in range(0, num, chunk)], 1)
     chosen = torch.zeros(batch, num, dtype=torch.bool, device=x.device)
     gap = torch.full((batch, num), torch.inf, device=x.device)
-    pick = nearest.argmax(1)
+    factor = 1.0 if weight is None else weight
+    pick = (nearest * factor).argmax(1)
     for _ in range(k):
         chosen = chosen.scatter(1, pick[:, None], True)
         vector = unit.gather(1, pick[:, None, None].expand(-1, 1, unit.shape[2]))
         gap = torch.minimum(gap, 1 - (unit @ vector.transpose(1, 2))[..., 0])
-        pick = gap.masked_fill(chosen, -torch.inf).argmax(1)
+        pick = (gap * factor).masked_fill(chosen, -torch.inf).argmax(1)
     return chosen
 
 

@@ -28,8 +28,11 @@ from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import (
     AttentionCompensation,
     AttentionReuse,
+    KVPolicy,
+    PositionPolicy,
     RaggedReduction,
     Recipe,
+    SparsePrefill,
     TokenRecipe,
 )
 from tubelet.models.accelerate import accelerate
@@ -61,9 +64,14 @@ would leave next to nothing. A recipe that is not named here is tried with its d
 
 
 def settings() -> Iterator[Recipe]:
-    """Every recipe of the catalogue that acts on its own, set so that it does on tiny hosts."""
+    """Every recipe of the catalogue that acts on its own, set so that it does on tiny hosts.
+
+    Those for prompts are in `tubelet.testing.catalogue_llm`; tests/models/test_prefill.py has
+    those for sparse prefill, and test_kv_runtime.py those for caches.
+    """
     for name, recipe in recipes.catalogue().items():
-        if not issubclass(recipe, AttentionReuse | AttentionCompensation):
+        company = AttentionReuse | AttentionCompensation | PositionPolicy | SparsePrefill | KVPolicy
+        if not issubclass(recipe, company):
             yield recipe(**TINY.get(name, {}))
 
 

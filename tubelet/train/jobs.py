@@ -40,6 +40,19 @@ LEARNED = tuple(learned_recipes())
 TRAINED = "tubelet-vit"
 """The encoder that jobs with reducers start from."""
 
+QUICK_LLM = {
+    "encoder": "tubelet-vit-small",
+    "taps": (0, 1),
+    "pooled": True,
+    "width": 64,
+    "depth": 2,
+    "heads": 2,
+    "mlp_width": 192,
+}
+QUICK_KINDS = ("colour", "count", "when")
+"""A language model, and what it is asked on black backgrounds, that learns something in two minutes
+on a CPU."""
+
 QUICK_SHAPE = {"width": 64, "depth": 4, "heads": 1}
 """An encoder that learns something in a minute on a CPU. Learned recipes reduce at up to the third
 layer, so it needs a fourth."""
@@ -152,6 +165,7 @@ def jobs() -> dict[str, Job]:
                 weights=f"control-{title}",
             )
         )
+    listed += _language_jobs()
     for task in TASKS.values():
         build = partial(_encoder, tasks=(task.name,))
         listed.append(
@@ -257,6 +271,58 @@ def _generator(setup: Setup) -> DiffusionObjective:
         config = replace(config, size=(setup.size, setup.size))
     model = _start(VideoDiT, config, setup)
     return DiffusionObjective(model, batch=setup.batch, test_clips=0 if setup.quick else 16)
+
+
+def _language_jobs() -> list[Job]:
+    ways = {
+        "video-llm": (
+            "video",
+            "the small video language model on the frozen encoder",
+            "tubelet-llm",
+        ),
+        "video-llm-blind": ("nothing", "a control without any video: must stay at chance", None),
+        "video-llm-shuffled": ("shuffled", "a control on frames in random order", None),
+    }
+    return [
+        Job(
+            name=name,
+            summary=summary,
+            build=partial(_language, sees=sees),
+            weights=weights or name,
+            batch=256,
+            quick_batch=32,
+            learning_rate=1e-3,
+            minutes=20.0,
+        )
+        for name, (sees, summary, weights) in ways.items()
+    ]
+
+
+def _language(setup: Setup, sees: str) -> Any:
+    # transformers is loaded only for these jobs.
+    from tubelet.nn.video_llm import VideoLLM, VideoLLMConfig
+    from tubelet.train.objectives_llm import QuestionObjective
+    from tubelet.train.questions import words
+
+    if setup.init is not None:
+        llm = load_weights(setup.init, expect="VideoLLM")
+    else:
+        config = VideoLLMConfig(words=words(), **(QUICK_LLM if setup.quick else {}))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(setup.seed)
+            llm = VideoLLM(config)
+    quick = {"kinds": QUICK_KINDS, "background": "black", "settle": 100, "test_clips": 64}
+    size = llm.clip_shape[1]
+    if setup.size not in (None, size):
+        raise ModelError(
+            f"the encoder of this model takes clips of {size} pixels, not {setup.size}"
+        )
+    return QuestionObjective(
+        llm.to(setup.device).train(),
+        batch=setup.batch,
+        sees=sees,
+        **(quick if setup.quick else {}),
+    )
 
 
 def _start(kind: Any, config: Any, setup: Setup) -> Any:

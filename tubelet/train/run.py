@@ -109,6 +109,8 @@ def run_training(request: TrainRequest, progress: Progress) -> Outcome:
             "scores": {name: _rounded(value) for name, value in result.metrics.items()},
             "curve": result.curve,
         }
+        if hasattr(objective, "notes"):
+            record["notes"] = objective.notes
         if init is not None:
             record["before"] = before
         files = save(entry, objective.model, request.out, record) if world.first else []

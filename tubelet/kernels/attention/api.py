@@ -56,7 +56,10 @@ def attention(
         plan: Block mask, token order, key bias, temperature and compensation; None is dense. What
             the mask skips never matters, NaN included, except to compensation.
         scale: Factor on the logits, default D ** -0.5; divided by the plan's temperature.
-        causal: Query i sees keys 0..i; needs as many queries as keys.
+        causal: Query i sees keys 0..i, counted before the plan's order; needs as many queries as
+            keys. A mask is narrowed by it: listed blocks that are later than all queries of their
+            row are not read, and those on the diagonal are masked token by token. There, later
+            keys and values have no weight but must be finite.
         key_bias: Added to every logit of a key, float32; -inf excludes the key, whose tensors
             must still be finite.
         impl: "auto" or a name in IMPLEMENTATIONS. A named one is never replaced by another;
@@ -75,14 +78,16 @@ def attention(
     plan = plan or AttentionPlan()
     check(q, k, v, plan, key_bias, causal)
     name = choose(q, k, v, plan, causal=causal, key_bias=key_bias, impl=impl)
-    call = _ordered(_call(q, k, v, plan, causal, key_bias, scale), plan.order)
+    # Without a mask the order is as good as any other.
+    order = None if plan.mask is None else plan.order
+    call = _ordered(_call(q, k, v, plan, causal, key_bias, scale), order)
     out, lse = IMPLEMENTATIONS[name].run(call)
     if plan.approximate:
         out, lse = approximated(call, out, lse, name)
     if plan.delta_rows is not None and call.mask is not None:
         out = _with_delta_rows(call, out, plan.delta_rows, name)
-    if plan.order is not None:
-        back = torch.argsort(plan.order, dim=-1)
+    if order is not None:
+        back = torch.argsort(order, dim=-1)
         out, lse = _permute(out, back), _permute(lse[..., None], back)[..., 0]
     return _compensated(out, plan), lse
 
@@ -173,20 +178,28 @@ def _preferred(call: Call) -> str:
 def _ordered(call: Call, order: Tensor | None) -> Call:
     """The call in the order of the plan, with only as many keys as the mask speaks of."""
     keys = call.k.shape[2] if call.mask is None else call.mask.num_keys
-    q, k, v, key_bias = call.q, call.k, call.v, call.key_bias
+    q, k, v, key_bias, places = call.q, call.k, call.v, call.key_bias, None
     if order is not None:
         q, (k, v) = _permute(q, order), (_permute(x, order[:, :keys]) for x in (k, v))
         key_bias = None if key_bias is None else key_bias[:, order[0, :keys]]
+        if call.causal:
+            places = _for_heads(order, q.shape[1]).to(torch.int32)
     elif keys < k.shape[2]:
         k, v = k[:, :, :keys], v[:, :, :keys]
         key_bias = None if key_bias is None else key_bias[:, :keys]
-    return replace(call, q=q, k=k, v=v, key_bias=key_bias)
+    return replace(call, q=q, k=k, v=v, key_bias=key_bias, places=places)
 
 
 def _permute(x: Tensor, order: Tensor) -> Tensor:
     if order.shape[0] == 1:
         return take_tokens(x, order[0])
-    return x.gather(2, order[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+    index = _for_heads(order, x.shape[1])[None, :, :, None]
+    return x.gather(2, index.expand(x.shape[0], -1, -1, x.shape[3]))
+
+
+def _for_heads(order: Tensor, heads: int) -> Tensor:
+    """One order per head from one per key head; one for all stays one."""
+    return order if order.shape[0] == 1 else order.repeat_interleave(heads // order.shape[0], 0)
 
 
 def _with_delta_rows(call: Call, out: Tensor, every: int, name: str) -> Tensor:

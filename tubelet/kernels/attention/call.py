@@ -17,9 +17,11 @@ class Call:
         k: [B, G, M, D], H a multiple of G.
         v: [B, G, M, E].
         scale: Factor on the logits.
-        causal: Query i sees keys 0..i.
+        causal: A query sees no key from a later place.
         key_bias: [B, M], added to every logit of a key; -inf excludes it.
         mask: Block pairs to compute; None computes all.
+        places: [H or 1, N] int32, place of each token of a causal call with a mask before it was
+            reordered; None when it was not.
     """
 
     q: Tensor
@@ -29,6 +31,7 @@ class Call:
     causal: bool = False
     key_bias: Tensor | None = None
     mask: BlockMask | None = None
+    places: Tensor | None = None
 
     @property
     def groups(self) -> int:

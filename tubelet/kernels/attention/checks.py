@@ -19,7 +19,7 @@ def check(
             raise ShapeError(f"{name} must be [batch, keys] = {wanted}, got {tuple(bias.shape)}")
     _check_devices(q, plan, key_bias)
     _check_mask(q, k, plan)
-    _check_order(q, k, plan, key_bias, causal)
+    _check_order(q, k, plan, key_bias)
     _check_compensation(q, v, plan, key_bias, causal)
 
 
@@ -62,21 +62,20 @@ def _check_mask(q: Tensor, k: Tensor, plan: AttentionPlan) -> None:
         )
 
 
-def _check_order(
-    q: Tensor, k: Tensor, plan: AttentionPlan, key_bias: Tensor | None, causal: bool
-) -> None:
-    order = plan.order
+def _check_order(q: Tensor, k: Tensor, plan: AttentionPlan, key_bias: Tensor | None) -> None:
+    order, heads = plan.order, (1, k.shape[1], q.shape[1])
     if order is None:
         return
-    if causal:
-        raise ShapeError("a causal call cannot be reordered")
-    if order.shape[0] not in (1, q.shape[1]) or not order.shape[1] == q.shape[2] == k.shape[2]:
+    if order.shape[0] not in heads or not order.shape[1] == q.shape[2] == k.shape[2]:
         raise ShapeError(
             f"the token order is {tuple(order.shape)}, the call has {q.shape[1]} heads, "
             f"{q.shape[2]} queries and {k.shape[2]} keys"
         )
-    if order.shape[0] != 1 and k.shape[1] != q.shape[1]:
-        raise UnsupportedError("a token order per head needs as many key heads as query heads")
+    if order.shape[0] not in (1, k.shape[1]):
+        raise UnsupportedError(
+            "a token order per head needs as many key heads as query heads, or one order for all "
+            "query heads of a key head"
+        )
     if order.shape[0] != 1 and (key_bias is not None or plan.bias is not None):
         raise UnsupportedError("a key bias needs one token order for all heads")
 

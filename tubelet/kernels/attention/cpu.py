@@ -2,11 +2,12 @@
 once by torch's fused kernel.
 
 The query blocks of a batch are taken in the order of their list lengths, as many at a time as
-keep their keys and values in the cache. Skipped blocks are never read.
+keep their keys and values in the cache. Skipped blocks are never read. Causal calls add a mask of
+single tokens where a diagonal is.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
 from tubelet.kernels.attention.call import Call
+from tubelet.kernels.attention.causal import CausalLists, causal_lists
 from tubelet.kernels.attention.channels import padded_to
 
 CACHE = 4 * 2**20
@@ -26,8 +28,6 @@ def refuses(call: Call) -> str | None:
         return "the cpu kernel is for block lists only"
     if call.q.device.type != "cpu":
         return f"the tensors are on {call.q.device.type!r}"
-    if call.causal:
-        return "causal block lists are not supported here; put causality into the lists"
     if call.wants_gradient:
         return "the cpu kernel has no backward pass; use torch.no_grad()"
     return None
@@ -35,11 +35,12 @@ def refuses(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """Fused attention over gathered key blocks."""
-    mask = call.mask
+    causal = causal_lists(call) if call.causal else None
+    mask = call.mask if causal is None else causal.mask
     assert mask is not None
     bq, rows = mask.block[0], mask.grid[0]
     batch, heads, num, _ = call.q.shape
-    blocks = _Blocks.of(call, mask)
+    blocks = _Blocks.of(call, mask, causal)
     queries = _blocked(call.q, bq, blocks.keys.shape[-1])
     shape = (batch * heads * rows, bq)
     out = call.q.new_zeros(*shape, blocks.values.shape[-1])
@@ -69,15 +70,20 @@ class _Blocks:
         keys, values: [B * G * columns, bk, width].
         bias: [B * columns, bk], -inf past the last key; None when nothing is added to any key.
         biased: Whether it holds more than that.
+        whole: [B, H, rows] how many of a causal list are seen whole; None for other calls.
+        query_places, key_places: [H or 1, rows, bq] and [H or 1, columns, bk] of causal calls.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor | None
     biased: bool
+    whole: Tensor | None = None
+    query_places: Tensor | None = None
+    key_places: Tensor | None = None
 
     @classmethod
-    def of(cls, call: Call, mask: BlockMask) -> "_Blocks":
+    def of(cls, call: Call, mask: BlockMask, causal: CausalLists | None) -> "_Blocks":
         bk, missing = mask.block[1], -mask.num_keys % mask.block[1]
         width = max(call.k.shape[3], call.v.shape[3])
         bias = call.key_bias
@@ -87,7 +93,18 @@ class _Blocks:
             dtype = torch.promote_types(call.q.dtype, torch.float32)
             bias = F.pad(bias.to(dtype), (0, missing), value=-torch.inf).view(-1, bk)
         keys, values = (_blocked(x, bk, width) for x in (call.k, call.v))
-        return cls(keys, values, bias, call.key_bias is not None)
+        blocks = cls(keys, values, bias, call.key_bias is not None)
+        if causal is None:
+            return blocks
+        never, (bq, bk) = causal.places.shape[1], mask.block
+        queries = F.pad(causal.places, (0, -never % bq), value=never).unflatten(1, (-1, bq))
+        seen = F.pad(causal.places[:, : mask.num_keys], (0, missing), value=never)
+        return replace(
+            blocks,
+            whole=causal.whole.expand(call.q.shape[0], call.q.shape[1], -1).flatten(),
+            query_places=queries.expand(call.q.shape[1], -1, -1),
+            key_places=seen.unflatten(1, (-1, bk)).expand(call.q.shape[1], -1, -1),
+        )
 
 
 def _blocked(x: Tensor, block: int, width: int) -> Tensor:
@@ -107,6 +124,8 @@ def _batches(
     order = counts.argsort(stable=True)
     lengths = counts[order].tolist()
     bytes_per_block = 2 * blocks.keys[0].numel() * blocks.keys.element_size()
+    if blocks.whole is not None:
+        bytes_per_block += 4 * mask.block[0] * mask.block[1]
     start = next((i for i, n in enumerate(lengths) if n), len(lengths))
     while start < len(lengths):
         end = min(start + torch.get_num_threads(), len(lengths))
@@ -122,6 +141,8 @@ def _batches(
         surplus = torch.arange(longest) >= counts[some][:, None]
         listed = torch.where(surplus, listed[:, :1], listed)
         extra = _extra(sample[:, None] * columns + listed, listed, surplus, blocks, columns)
+        if blocks.whole is not None and bool((blocks.whole[some] < counts[some]).any()):
+            extra = _with_causality(extra, blocks, head, some % rows, listed)
         group = sample * call.k.shape[1] + head // call.groups
         yield some, group[:, None] * columns + listed, extra
 
@@ -140,3 +161,16 @@ def _extra(
         return None
     bias = bias.expand(*listed.shape, blocks.keys.shape[1])
     return bias.masked_fill(surplus[..., None], -torch.inf).flatten(1)[:, None, None]
+
+
+def _with_causality(
+    extra: Tensor | None, blocks: _Blocks, head: Tensor, row: Tensor, listed: Tensor
+) -> Tensor:
+    """`extra` with -inf at keys later than the query, [R, 1, bq, keys]."""
+    assert blocks.query_places is not None
+    assert blocks.key_places is not None
+    queries = blocks.query_places[head, row][:, :, None]
+    keys = blocks.key_places[head[:, None], listed].flatten(1)[:, None]
+    dtype = torch.promote_types(blocks.keys.dtype, torch.float32)
+    later = torch.zeros(1, dtype=dtype).masked_fill(keys > queries, -torch.inf)[:, None]
+    return later if extra is None else later + extra

@@ -43,7 +43,7 @@ def refuses(call: Call) -> str | None:
     if call.key_bias is not None:
         return "FlashAttention-4 takes no key bias"
     if call.causal:
-        return "causal calls are not supported here"
+        return "causal calls were not measured with FlashAttention-4; Triton takes causal lists"
     if call.wants_gradient:
         return "FlashAttention-4 is used without its backward pass here; use torch.no_grad()"
     if mask is not None and _block(mask, capability[0]) is None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tubelet.kernels.attention.call import Call
+from tubelet.kernels.attention.causal import causal_lists
 
 
 def refuses(call: Call) -> str | None:
@@ -26,8 +27,6 @@ def refuses(call: Call) -> str | None:
         return "FlexAttention has no backward pass on the CPU; use torch.no_grad()"
     if mask is not None and device == "cuda" and any(size % 128 for size in mask.block):
         return f"FlexAttention on CUDA wants blocks that are multiples of 128, got {mask.block}"
-    if call.causal and mask is not None:
-        return "causal block lists are not supported here; put causality into the lists"
     return None
 
 
@@ -40,7 +39,9 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     if uncompiled:
         v = torch.where(v.isfinite(), v, 0.0)
     block_mask = None if call.mask is None else call.mask.to_flex()
-    if call.causal:
+    if call.causal and call.mask is not None:
+        block_mask = _causal_mask(call)
+    elif call.causal:
         block_mask = create_block_mask(
             lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device=str(q.device)
         )
@@ -61,12 +62,43 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     return out.masked_fill(_spoiled(call), torch.nan) if uncompiled else out, aux.lse
 
 
+def _causal_mask(call: Call) -> Any:
+    """The lists of a causal call; only what is not seen whole asks about single tokens."""
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+    causal = causal_lists(call)
+    mask, places = causal.mask, causal.places
+    # Blocks of a ragged last row are asked about too.
+    whole = causal.whole.clone()
+    if mask.num_queries % mask.block[0]:
+        whole[:, :, -1] = 0
+    columns = mask.grid[1]
+    indices = F.pad(mask.indices, (0, columns - mask.indices.shape[3]))
+    slots = torch.arange(columns, device=whole.device)
+    behind = (slots + whole[..., None]).clamp(max=columns - 1)
+    dense, (bq, bk) = mask.to_dense(), mask.block
+    # Factors of 0 send every sample or head to what is shared.
+    batch, head, own = (int(n > 1) for n in (*dense.shape[:2], places.shape[0]))
+    return FlexBlockMask.from_kv_blocks(
+        mask.counts - whole,
+        indices.gather(3, behind),
+        whole,
+        indices,
+        BLOCK_SIZE=mask.block,
+        mask_mod=lambda b, h, q, k: (
+            dense[b * batch, h * head, q // bq, k // bk]
+            & (places[h * own, q] >= places[h * own, k])
+        ),
+        seq_lengths=(mask.num_queries, mask.num_keys),
+    )
+
+
 def _spoiled(call: Call) -> Tensor:
     """Outputs that see a value which is not finite, [B, H, N, E].
 
     The uncompiled function multiplies values of skipped blocks by 0, which leaves NaN.
     """
-    mask = call.mask
+    mask = causal_lists(call).mask if call.causal else call.mask
     assert mask is not None
     (bq, bk), (_, columns) = mask.block, mask.grid
     bad = F.pad(~call.v.isfinite(), (0, 0, 0, columns * bk - mask.num_keys))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tubelet.kernels.attention.call import Call
+from tubelet.kernels.attention.causal import places_of
 
 
 def refuses(call: Call) -> str | None:
@@ -25,7 +26,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     if call.mask is not None:
         logits = logits.masked_fill(~call.mask.token_mask(), -torch.inf)
     if call.causal:
-        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        places = places_of(call)
+        future = places[:, :, None] < places[:, None, : logits.shape[3]]
         logits = logits.masked_fill(future, -torch.inf)
     lse = logits.logsumexp(-1)
     # exp(-inf - -inf) would be NaN for a query without keys.

@@ -1,7 +1,7 @@
 """Block lists in Triton: NVIDIA from Ampere on, and AMD GPUs.
 
-Takes any pair of block sizes that are multiples of 16, any head width up to 256, strided inputs
-and a bias per key. With TRITON_INTERPRET=1 it runs on the CPU, slowly, for tests.
+Takes any pair of block sizes that are multiples of 16, any head width up to 256, strided inputs,
+a bias per key, and causal calls. With TRITON_INTERPRET=1 it runs on the CPU, slowly, for tests.
 """
 
 import math
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
 from tubelet.kernels.attention.call import Call
+from tubelet.kernels.attention.causal import causal_lists
 from tubelet.kernels.triton_support import on_device, unavailable
 
 WIDEST = 256
@@ -43,8 +44,6 @@ def _refuses_tensors(call: Call) -> str | None:
         return f"the Triton kernel takes float16, bfloat16 and float32, not {call.q.dtype}"
     if max(call.q.shape[3], call.v.shape[3]) > WIDEST:
         return f"the Triton kernel takes heads up to {WIDEST} wide"
-    if call.causal:
-        return "causal block lists are not supported here; put causality into the lists"
     if call.wants_gradient:
         return "the Triton kernel has no backward pass; use torch.no_grad()"
     return None
@@ -56,7 +55,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
 
     mask = call.mask
     assert mask is not None
-    mask = mask.tail_last()
+    causal = causal_lists(call) if call.causal else None
+    mask = mask.tail_last() if causal is None else causal.mask
     (q, k, v), bias = (_rowwise(x) for x in (call.q, call.k, call.v)), call.key_bias
     counts, indices = (x.contiguous() for x in (mask.counts, mask.indices))
     if indices.shape[3] == 0:
@@ -65,18 +65,22 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     batch, heads, num, _ = q.shape
     out = q.new_empty(batch, num, heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(batch, heads, num, dtype=torch.float32)
+    # Never read where the call is not causal.
+    whole, places = (counts, counts) if causal is None else (causal.whole, causal.places)
     tiles, shape = _shapes(q, v, mask.block)
     with on_device(q):
         block_attention[(-(-num // tiles["TQ"]) * batch * heads,)](
-            *(q, k, v, out, lse, counts, indices, lse if bias is None else bias),
+            *(q, k, v, out, lse, counts, indices, lse if bias is None else bias, whole, places),
             *(step for x in (q, k, v, out) for step in x.stride()[:3]),
             *(_shared_steps(counts)[:2] + _shared_steps(indices)[:3]),
             0 if bias is None else bias.stride(0),
+            *(*_shared_steps(whole)[:2], _shared_steps(places)[0]),
             *(heads, call.groups, num, mask.num_keys, call.scale * math.log2(math.e)),
             BQ=mask.block[0],
             BK=mask.block[1],
             BIASED=bias is not None,
             TAIL=mask.num_keys % mask.block[1] != 0,
+            CAUSAL=causal is not None,
             **tiles,
             **shape,
             **_launch(q, tiles, shape),

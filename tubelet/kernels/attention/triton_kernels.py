@@ -76,18 +76,21 @@ def _store(
 @triton.jit
 @no_type_check
 def block_attention(
-    Q, K, V, OUT, LSE, COUNTS, INDICES, BIAS,
+    Q, K, V, OUT, LSE, COUNTS, INDICES, BIAS, WHOLE, PLACES,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, c_batch, c_head, i_batch, i_head, i_row, b_batch,
+    w_batch, w_head, p_head,
     heads, groups, num_queries, num_keys, scale,
     BQ: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     D: tl.constexpr, PD: tl.constexpr, E: tl.constexpr, PE: tl.constexpr,
-    BIASED: tl.constexpr, TAIL: tl.constexpr,
+    BIASED: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile over the key blocks of its list.
 
     Grid: batch x heads x query tiles. Lists hold a ragged last key block at their end (TAIL).
-    `scale` includes log2(e). LSE is contiguous [B, H, N].
+    Lists of CAUSAL calls begin with WHOLE blocks that every query sees; in the others, the ragged
+    one among them, a query sees keys of no later place. `scale` includes log2(e). LSE is
+    contiguous [B, H, N].
     """
     # One axis, because CUDA takes no more than 65,535 along the others.
     tiles = tl.cdiv(num_queries, TQ)
@@ -110,6 +113,8 @@ def block_attention(
     whole = count
     if TAIL:
         whole = tl.maximum(count - 1, 0)
+    if CAUSAL:
+        whole = tl.load(WHOLE + b64 * w_batch + h64 * w_head + block)
     for i in range(whole * PARTS):
         at = tl.load(entries + i // PARTS) * BK + (i % PARTS) * TK
         k = _rows(keys, at, k_row, num_keys, False, TK, D, PD)
@@ -119,8 +124,12 @@ def block_attention(
             logits += bias[None, :] * LOG2E
         v = _rows(values, at, v_row, num_keys, False, TK, E, PE)
         m, total, acc = _absorb(m, total, acc, logits, v, BIASED)
-    if TAIL:
-        # The last entry may or may not be the ragged block; masking is right either way.
+    if TAIL or CAUSAL:
+        # These entries may or may not need it; masking is right either way.
+        rows = start + tl.arange(0, TQ)
+        own = PLACES + h64 * p_head
+        if CAUSAL:
+            row_places = tl.load(own + rows, mask=rows < num_queries, other=0)
         for i in tl.range(whole * PARTS, count * PARTS, num_stages=1):
             at = tl.load(entries + i // PARTS) * BK + (i % PARTS) * TK
             places = at + tl.arange(0, TK)
@@ -129,7 +138,11 @@ def block_attention(
             if BIASED:
                 bias = tl.load(BIAS + b64 * b_batch + places, mask=places < num_keys, other=0.0)
                 logits += bias[None, :] * LOG2E
-            logits = tl.where((places < num_keys)[None, :], logits, float("-inf"))
+            seen = (places < num_keys)[None, :]
+            if CAUSAL:
+                key_places = tl.load(own + places, mask=places < num_keys, other=0)
+                seen = seen & (key_places[None, :] <= row_places[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
             v = _rows(values, at, v_row, num_keys, True, TK, E, PE)
             m, total, acc = _absorb(m, total, acc, logits, v, True)
     out = OUT + b64 * o_batch + h64 * o_head

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from tubelet.train.clips.dice import Dice, constant
+from tubelet.train.world import REACH, distances
 
 MARGIN = 1.25
 """Half the side of an image, in radii."""
@@ -59,6 +60,16 @@ def discs(
         band = (1.6 - (inside / scale - 2.7).abs()).clamp(0, 1)
         image[:, :3] = torch.lerp(image[:, :3], torch.ones_like(image[:, :3]), band)
     return image
+
+
+def figures(
+    dice: Dice, shape: Int[Tensor, " b"], hue: Float[Tensor, " b"], scale: float
+) -> Float[Tensor, "b 4 a a"]:
+    """Figures that have names: the shapes of `tubelet.train.world`, all of the same area."""
+    x, y = _coordinates(scale, dice.device)
+    # The farthest corner of any shape lies one radius from the middle, as other sprites do.
+    inside = -distances(x * REACH, y * REACH)[shape] / REACH * MARGIN_RADIUS * scale
+    return _filled(dice, hue, inside, 0.25)
 
 
 def dots(batch: int, scale: float, device: torch.device) -> Float[Tensor, "b 4 a a"]:

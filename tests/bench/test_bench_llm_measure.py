@@ -1,0 +1,355 @@
+"""Measuring video language models: packed attention, time split, agreement, bytes, failures."""
+
+import inspect
+import time
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tubelet.bench.llm import measure
+from tubelet.bench.llm.clock import StageClock
+from tubelet.bench.llm.inputs import Task, make_prompts, moving_clip
+from tubelet.bench.llm.measure import LLMBench, cache_bytes
+from tubelet.bench.llm.packed import attend, packed_vision
+from tubelet.core.assignment import TokenAssignment
+from tubelet.core.context import Site
+from tubelet.core.errors import NoEffectWarning, TubeletError
+from tubelet.core.grid import TokenGrid
+from tubelet.core.prompt import LayerContext, PromptContext
+from tubelet.core.recipe import LayerReduction, PromptReduction
+from tubelet.models.accelerate import accelerate
+from tubelet.models.catalogue import adapter_for
+from tubelet.models.llm_presets import load_llm
+from tubelet.recipes import AShape, FastV, RandomPrompt, UniformFrames, VisionZip, ZipCache
+
+CPU = torch.device("cpu")
+LOADED = {
+    name: load_llm(name, dtype=torch.float32)
+    for name in ("tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-llava-onevision")
+}
+TASK = Task(grid=LOADED["tiny-qwen3-vl"].grid, question=6, seed=0)
+
+
+def bench(name="tiny-qwen3-vl", concurrencies=(1,), said=None, task=TASK):
+    return LLMBench(
+        LOADED[name],
+        task,
+        CPU,
+        repeats=1,
+        new_tokens=3,
+        concurrencies=concurrencies,
+        progress=lambda *what: None,
+        announce=(lambda words: None) if said is None else said.append,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A dense row and two recipes', measured once."""
+    found, said = bench(concurrencies=(1, 2), said=(said := [])), said
+    with torch.inference_mode():
+        rows = [found.dense()]
+        rows += [found.attempt((r,)) for r in (RandomPrompt(keep_ratio=0.25), FastV(layer=3))]
+    return found, rows, said
+
+
+# Packed attention
+
+
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [4, 2, 4, 8, 2], [5]])
+def test_packed_attention_stays_within_each_sequence(lengths):
+    total = sum(lengths)
+    q, k, v = (torch.randn(1, 2, total, 8) for _ in range(3))
+    parts = [x.split(lengths, dim=2) for x in (q, k, v)]
+    wanted = [F.scaled_dot_product_attention(*part, scale=0.3) for part in zip(*parts, strict=True)]
+    found = attend(q, k, v, lengths, 0.3)
+    assert torch.allclose(found, torch.cat(wanted, dim=2).transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+def test_packed_tower_is_the_hosts_tower(name):
+    # Frames of 3 x 5 tokens: windows of several lengths in Qwen2.5-VL.
+    task = replace(TASK, grid=TokenGrid(frames=2, height=3, width=5))
+    model, inputs = LOADED[name].model, make_prompts(LOADED[name], task, 2)
+    before = model.model.visual.config._attn_implementation
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return F_SDPA(*args, **kwargs)
+
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        host = model(**inputs).logits
+        with packed_vision(model) as packed:
+            assert packed
+            assert torch.allclose(model(**inputs).logits, host, atol=1e-4)
+            recipe = VisionZip(keep_ratio=0.4)
+            with accelerate(model, recipe):
+                statistics = model(**inputs).logits
+            patch.setattr(F, "scaled_dot_product_attention", counting)
+            model.model.get_video_features(
+                inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+            )
+            layers = model.config.vision_config.depth
+            assert len(calls) <= 4 * layers
+        with accelerate(model, recipe):
+            assert torch.allclose(statistics, model(**inputs).logits, atol=1e-4)
+    assert model.model.visual.config._attn_implementation == before
+
+
+F_SDPA = F.scaled_dot_product_attention
+
+
+def test_a_tower_that_is_a_batch_already_is_left_alone():
+    with packed_vision(LOADED["tiny-llava-onevision"].model) as packed:
+        assert not packed
+
+
+# Time split
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowPrompt(PromptReduction):
+    """Thinks for a while before the language model."""
+
+    identity: ClassVar = {}
+
+    def plan(self, ctx: PromptContext) -> TokenAssignment:
+        time.sleep(0.2)
+        return TokenAssignment.keep(torch.arange(0, ctx.num_tokens, 2)[None], ctx.num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowLayer(LayerReduction):
+    """Thinks for a while inside it."""
+
+    identity: ClassVar = {}
+
+    def acts_on(self, site: Site) -> bool:
+        return site.kind == "llm" and site.layer == 2
+
+    def plan(self, ctx: LayerContext) -> TokenAssignment:
+        time.sleep(0.2)
+        return TokenAssignment.keep(torch.arange(0, ctx.num_tokens, 2)[None], ctx.num_tokens)
+
+
+@pytest.mark.parametrize("recipe", [None, SlowPrompt(), SlowLayer()], ids=str)
+@pytest.mark.parametrize("name", LOADED)
+def test_time_goes_to_the_part_that_took_it(name, recipe):
+    model = LOADED[name].model
+    text = adapter_for(model).text_model(model)
+    inputs = make_prompts(LOADED[name], TASK, 1)
+    encoder = "get_video_features"
+    slow = {"vision": 0.3, "llm": 0.1, "plan": 0.0 if recipe is None else 0.2}
+
+    def sleeping(module, args, kwargs):
+        time.sleep(slow["llm"])
+
+    original = getattr(model.model, encoder)
+
+    def late(*args, **kwargs):
+        time.sleep(slow["vision"])
+        return original(*args, **kwargs)
+
+    # Hosts look at which arguments it takes.
+    late.__signature__ = inspect.signature(original)
+    setattr(model.model, encoder, late)
+    hook = text.layers[1].register_forward_pre_hook(sleeping, with_kwargs=True)
+    try:
+        with torch.inference_mode(), StageClock(model, text, CPU) as clock:
+            watched = [] if recipe is None else [clock.watched(recipe)]
+            bench_ = SimpleNamespace(model=model)
+            with LLMBench._on_model(bench_, watched):
+                split = clock.first_token(
+                    lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False)
+                )
+    finally:
+        hook.remove()
+        delattr(model.model, encoder)
+    for part, least in slow.items():
+        assert getattr(split, part) >= least, (part, split)
+    # What is left holds none of the sleep.
+    assert split.prompt <= split.total - sum(slow.values())
+    parts = split.vision + split.plan + split.prompt + split.llm
+    assert parts == pytest.approx(split.total)
+    assert encoder not in vars(model.model)
+
+
+# Rows
+
+
+def test_bounds_are_told_before_the_measurement(measured):
+    _, rows, said = measured
+    assert said[0].startswith("dense: 212 tokens")
+    for row in rows[1:]:
+        mine = [words for words in said if words.startswith(row.name)]
+        assert "at most" in mine[0]
+        assert f"{row.bound:.2f}x" in mine[0]
+        assert f"measured {row.speedup:.2f}x" in mine[1]
+        assert row.of_bound == row.speedup / row.bound
+
+
+def test_the_four_ratios_differ_where_they_should(measured):
+    found, (dense, before, inside), _ = measured
+    text = found.prompt_tokens - 128
+    assert before.kept.entering == before.kept.layers == 0.25
+    assert before.kept.cache == pytest.approx((32 + text) / (128 + text))
+    # FastV(layer=3) of 4 layers: the whole prompt enters three of them, half the last.
+    assert (inside.kept.entering, inside.kept.layers) == (1.0, 0.875)
+    assert inside.kept.cache == pytest.approx((3 + (64 + text) / (128 + text)) / 4)
+    assert before.kept.operations == before.work["llm"] / dense.work["llm"]
+    assert 0.25 < before.kept.operations < inside.kept.operations < 1
+
+
+def test_dense_is_its_own_reference(measured):
+    _, (dense, *_), _ = measured
+    assert (dense.speedup, dense.bound, dense.agreement.kl, dense.agreement.match) == (1, 1, 0, 1)
+    assert [entry.over_dense for entry in dense.throughput] == [1, 1]
+
+
+def test_throughput_counts_prompts_and_tokens(measured):
+    _, rows, _ = measured
+    for row in rows:
+        assert [entry.concurrency for entry in row.throughput] == [1, 2]
+        for entry in row.throughput:
+            assert entry.requests == pytest.approx(entry.concurrency / entry.seconds)
+            assert entry.tokens == pytest.approx(4 * entry.requests)
+    two, base = rows[1].throughput[1], rows[0].throughput[1]
+    assert two.over_dense == pytest.approx(two.requests / base.requests)
+
+
+def test_sparse_prefill_and_packed_caches_are_counted():
+    found, said = bench(said=(said := [])), said
+    with torch.inference_mode():
+        found.dense()
+        sparse = found.attempt((AShape(block=(16, 16), window=32, sink=16),))
+        stored = found.attempt((ZipCache(),))
+    assert (sparse.error, stored.error) == (None, None)
+    assert 0 < sparse.density < 1
+    assert f"at density {sparse.density:.3f}" in said[1]
+    share = sparse.work["attention"] / found.base.work["attention"]
+    assert share == pytest.approx(sparse.density)
+    assert sparse.kept.layers == stored.kept.layers == 1
+    assert sparse.split["plan"] > 0
+    assert stored.density is None
+    assert stored.kept.cache < 1 == sparse.kept.cache
+
+
+def test_densities_are_means_by_layer():
+    calls = [{"layer": 0, "heads": [0.2, 0.4]}, {"layer": 2, "heads": [1.0]},
+             {"layer": 0, "heads": [0.6, 0.8]}]  # fmt: skip
+    assert measure.by_layer(calls) == pytest.approx({0: 0.5, 2: 1.0})
+
+
+def test_a_recipe_that_keeps_all_agrees_wholly():
+    found = bench()
+    with torch.inference_mode():
+        found.dense()
+        with pytest.warns(NoEffectWarning):
+            same = found.attempt((RandomPrompt(keep_ratio=1.0),))
+        other = found.attempt((UniformFrames(keep_ratio=0.2),))
+    assert (same.agreement.kl, same.agreement.match, same.bound) == (0.0, 1.0, 1.0)
+    assert other.agreement.kl > 0.01
+
+
+def test_agreement_by_hand():
+    found = bench()
+    reference = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    found.reference = measure.Answer(tokens=torch.tensor([[1, 2, 3, 4]]), logits=reference)
+    logits = torch.tensor([[0.25, 0.25, 0.5]]).log() + 7
+    agreement = found._agreement(measure.Answer(tokens=torch.tensor([[1, 2, 9, 4]]), logits=logits))
+    assert agreement.kl == pytest.approx(0.5 * 0.6931472 - 0.25 * 0.6931472)
+    assert (agreement.first, agreement.match) == (True, 0.5)
+
+
+def test_cache_bytes_count_what_is_held(measured):
+    found, (dense, *_), _ = measured
+    # 4 layers, keys and values, 2 heads of 16 channels in float32.
+    assert dense.cache_bytes == 4 * 2 * 2 * 16 * 4 * found.prompt_tokens
+    held = torch.zeros(10)
+    shared = SimpleNamespace(keys=held, values=held[:5], note="x")
+    packed = SimpleNamespace(nbytes=lambda: 7, chunks=[held])
+    assert cache_bytes(SimpleNamespace(layers=[shared, packed])) == 40 + 7
+
+
+def test_out_of_memory_in_a_recipe_is_a_row(monkeypatch):
+    found, said = bench(said=(said := [])), said
+    with torch.inference_mode():
+        found.dense()
+
+        def full(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+
+        monkeypatch.setattr(measure, "peak_memory", full)
+        row = found.attempt((RandomPrompt(),))
+    assert row.error == "OutOfMemoryError: CUDA out of memory. Tried to allocate 99 GiB"
+    assert row.first is None
+    assert "not measured" in said[-1]
+    assert "generate" not in vars(found.model)
+
+
+def test_out_of_memory_in_a_batch_leaves_the_rest_of_the_row(monkeypatch):
+    make = measure.make_prompts
+
+    def small(loaded, task, batch):
+        if batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(loaded, task, batch)
+
+    monkeypatch.setattr(measure, "make_prompts", small)
+    found = bench(concurrencies=(1, 4))
+    with torch.inference_mode():
+        dense, row = found.dense(), found.attempt((RandomPrompt(),))
+    assert [entry.error is None for entry in row.throughput] == [True, False]
+    assert row.error is None
+    assert dense.throughput[1].requests is None
+
+
+def test_a_refused_recipe_is_a_row():
+    found = bench()
+    with torch.inference_mode():
+        found.dense()
+        row = found.attempt((FastV(layer=1),))
+    assert "from layer 2 on" in row.error
+
+
+def test_a_dense_model_that_fails_is_an_error(monkeypatch):
+    found = bench()
+    monkeypatch.setattr(measure, "cache_bytes", lambda cache: 1 / 0)
+    with pytest.raises(TubeletError, match="the dense model was not measured"):
+        found.dense()
+
+
+# Inputs
+
+
+def test_clips_hold_what_stands_still_and_what_moves():
+    clip = moving_clip((6, 24, 24), 0, CPU, torch.float32)
+    assert clip.shape == (6, 3, 24, 24)
+    assert 0 <= float(clip.min()) < float(clip.max()) <= 1
+    change = (clip[1:] - clip[:-1]).abs().mean((0, 1))
+    assert change[0].max() < 0.1
+    assert change[12].max() > 0.1
+
+
+def test_prompts_of_a_batch_differ_and_repeat():
+    loaded = LOADED["tiny-qwen3-vl"]
+    two, again = make_prompts(loaded, TASK, 2), make_prompts(loaded, TASK, 2)
+    assert all(torch.equal(two[key], again[key]) for key in two)
+    first, second = two["pixel_values_videos"].chunk(2)
+    assert not torch.equal(first, second)
+    assert not torch.equal(*two["input_ids"])
+    other = make_prompts(loaded, replace(TASK, seed=1), 1)
+    assert not torch.equal(other["input_ids"][0], two["input_ids"][0])
+
+
+def test_a_given_clip_is_what_every_prompt_gets():
+    loaded = LOADED["tiny-llava-onevision"]
+    frames = torch.full((8, 3, 32, 32), 255, dtype=torch.uint8)
+    made = make_prompts(loaded, replace(TASK, clip=frames), 2)["pixel_values_videos"]
+    # White, at mean and deviation 0.5.
+    assert torch.equal(made, torch.ones(2, 8, 3, 32, 32))

@@ -1,0 +1,1 @@
+"""Speed and agreement of video language models with recipes: `tubelet bench llm`."""

@@ -1,0 +1,141 @@
+"""A stretch of a key-value cache: as it came, or each token in as many bits as it deserves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tubelet.kernels.cache.packing import Quantized, quantize
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawChunk:
+    """Keys and values as they came, [B, Hkv, n, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """B, Hkv, n and D, padding included."""
+        return tuple(self.keys.shape)
+
+    def restore(self) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        return self.keys, self.values
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Tokens of one prompt that have the same number of bits.
+
+    Args:
+        columns: [n] int32.
+        keys: Codes, each channel with levels of its own, or the keys as they came.
+        values: Codes of the values divided by `norm`, each token with levels of its own, or the
+            values as they came.
+        norm: [Hkv, 1, D] square root of the largest magnitude of each channel; None where the
+            values are as they came.
+    """
+
+    columns: Tensor
+    keys: Quantized | Tensor
+    values: Quantized | Tensor
+    norm: Tensor | None = None
+
+    @classmethod
+    def of(cls, columns: Tensor, keys: Tensor, values: Tensor, bits: int) -> "_Group":
+        if bits == 16:
+            return cls(columns=columns, keys=keys, values=values)
+        norm = values.float().abs().amax(1, keepdim=True).sqrt().to(values.dtype)
+        norm = torch.where(norm > 0, norm, 1)
+        even = (values.float() / norm.float()).to(values.dtype)
+        return cls(
+            columns=columns,
+            keys=quantize(keys, bits, dim=1),
+            values=quantize(even, bits, dim=2),
+            norm=norm,
+        )
+
+    def restore(self) -> tuple[Tensor, Tensor]:
+        """[Hkv, n, D] keys and values."""
+        keys = self.keys.restore() if isinstance(self.keys, Quantized) else self.keys
+        if not isinstance(self.values, Quantized):
+            return keys, self.values
+        assert self.norm is not None
+        return keys, self.values.restore() * self.norm.float()
+
+    def nbytes(self) -> int:
+        parts = [self.columns] if self.norm is None else [self.columns, self.norm]
+        for part in (self.keys, self.values):
+            parts += part.tensors() if isinstance(part, Quantized) else [part]
+        return sum(part.nbytes for part in parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedChunk:
+    """Keys and values of some columns in mixed precision; padding is not held at all.
+
+    Keys are quantised channel by channel, values token by token behind a division of each channel
+    by the square root of its largest magnitude.
+
+    Source:
+        ZipCache's channel-separable token-wise quantisation (He et al., 2024, arXiv:2405.14256).
+    """
+
+    groups: tuple[tuple[_Group, ...], ...]
+    shape: tuple[int, ...]
+    like: Tensor
+    """An empty tensor of the dtype of the keys, where they are."""
+
+    @classmethod
+    def of(
+        cls,
+        keys: Float[Tensor, "b h n d"],
+        values: Float[Tensor, "b h n d"],
+        columns: Sequence[Int[Tensor, "_"]],
+        bits: Sequence[Int[Tensor, "_"] | None],
+    ) -> "PackedChunk":
+        """Pack.
+
+        Args:
+            keys, values: As they came.
+            columns: For each prompt those that hold its tokens; the others are padding.
+            bits: For each prompt one of 2, 4, 8 or 16 for each of its tokens, or None for 16
+                everywhere.
+        """
+        groups = []
+        for row, (real, wanted) in enumerate(zip(columns, bits, strict=True)):
+            if wanted is None:
+                wanted = torch.full_like(real, 16)
+            parts = []
+            for number in wanted.unique().tolist():
+                own = real[wanted == number]
+                parts.append(
+                    _Group.of(own.int(), keys[row][:, own], values[row][:, own], int(number))
+                )
+            groups.append(tuple(parts))
+        shape = tuple(keys.shape)
+        return cls(groups=tuple(groups), shape=shape, like=keys.new_empty(0))
+
+    def restore(self) -> tuple[Tensor, Tensor]:
+        """[B, Hkv, n, D] keys and values in their dtype; 0 at padding."""
+        keys = self.like.new_zeros(self.shape)
+        values = torch.zeros_like(keys)
+        for row, parts in enumerate(self.groups):
+            for group in parts:
+                columns = group.columns.long()
+                own_keys, own_values = group.restore()
+                keys[row][:, columns] = own_keys.to(keys.dtype)
+                values[row][:, columns] = own_values.to(keys.dtype)
+        return keys, values
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(group.nbytes() for parts in self.groups for group in parts)
