@@ -1,7 +1,8 @@
 """Measuring video language models: packed attention, time split, agreement, bytes, failures."""
 
-import inspect
+import functools
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -112,71 +113,77 @@ def test_a_tower_that_is_a_batch_already_is_left_alone():
 # Time split
 
 
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def passes(self, duration):
+        self.now += duration
+
+
 @dataclass(frozen=True, kw_only=True)
-class SlowPrompt(PromptReduction):
-    """Thinks for a while before the language model."""
+class Thinking(PromptReduction):
+    """Takes 3 seconds before the language model."""
 
     identity: ClassVar = {}
+    clock: ClassVar[Clock]
 
     def plan(self, ctx: PromptContext) -> TokenAssignment:
-        time.sleep(0.2)
+        self.clock.passes(3)
         return TokenAssignment.keep(torch.arange(0, ctx.num_tokens, 2)[None], ctx.num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlowLayer(LayerReduction):
-    """Thinks for a while inside it."""
+class ThinkingInside(LayerReduction):
+    """Takes 3 seconds inside it."""
 
     identity: ClassVar = {}
+    clock: ClassVar[Clock]
 
     def acts_on(self, site: Site) -> bool:
         return site.kind == "llm" and site.layer == 2
 
     def plan(self, ctx: LayerContext) -> TokenAssignment:
-        time.sleep(0.2)
+        self.clock.passes(3)
         return TokenAssignment.keep(torch.arange(0, ctx.num_tokens, 2)[None], ctx.num_tokens)
 
 
-@pytest.mark.parametrize("recipe", [None, SlowPrompt(), SlowLayer()], ids=str)
+@pytest.mark.parametrize("kind", [None, Thinking, ThinkingInside])
 @pytest.mark.parametrize("name", LOADED)
-def test_time_goes_to_the_part_that_took_it(name, recipe):
-    model = LOADED[name].model
-    text = adapter_for(model).text_model(model)
-    inputs = make_prompts(LOADED[name], TASK, 1)
-    encoder = "get_video_features"
-    slow = {"vision": 0.3, "llm": 0.1, "plan": 0.0 if recipe is None else 0.2}
+def test_time_goes_to_the_part_that_took_it(name, kind, monkeypatch):
+    clock, model = Clock(monkeypatch), LOADED[name].model
+    text, inputs = adapter_for(model).text_model(model), make_prompts(LOADED[name], TASK, 1)
+    features = model.model.get_video_features
 
-    def sleeping(module, args, kwargs):
-        time.sleep(slow["llm"])
+    @functools.wraps(features)
+    def slow(*args, **kwargs):
+        clock.passes(100)
+        return features(*args, **kwargs)
 
-    original = getattr(model.model, encoder)
+    monkeypatch.setattr(model.model, "get_video_features", slow)
+    recipes = []
+    if kind is not None:
+        monkeypatch.setattr(kind, "clock", clock, raising=False)
+        recipes.append(kind())
+    hook = text.layers[1].register_forward_pre_hook(lambda *call: clock.passes(10))
 
-    def late(*args, **kwargs):
-        time.sleep(slow["vision"])
-        return original(*args, **kwargs)
+    def generate():
+        clock.passes(1)
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
 
-    # Hosts look at which arguments it takes.
-    late.__signature__ = inspect.signature(original)
-    setattr(model.model, encoder, late)
-    hook = text.layers[1].register_forward_pre_hook(sleeping, with_kwargs=True)
-    try:
-        with torch.inference_mode(), StageClock(model, text, CPU) as clock:
-            watched = [] if recipe is None else [clock.watched(recipe)]
-            bench_ = SimpleNamespace(model=model)
-            with LLMBench._on_model(bench_, watched):
-                split = clock.first_token(
-                    lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False)
-                )
-    finally:
-        hook.remove()
-        delattr(model.model, encoder)
-    for part, least in slow.items():
-        assert getattr(split, part) >= least, (part, split)
-    # What is left holds none of the sleep.
-    assert split.prompt <= split.total - sum(slow.values())
-    parts = split.vision + split.plan + split.prompt + split.llm
-    assert parts == pytest.approx(split.total)
-    assert encoder not in vars(model.model)
+    with torch.inference_mode(), StageClock(model, text, CPU) as stages:
+        watched = [stages.watched(recipe) for recipe in recipes]
+        with accelerate(model, *watched) if watched else nullcontext():
+            split = stages.first_token(generate)
+    hook.remove()
+    plan = 0 if kind is None else 3
+    assert (split.vision, split.plan, split.llm, split.prompt) == (100, plan, 10, 1)
+    assert split.total == 111 + plan
+    # What stood there before stands there again.
+    assert vars(model.model)["get_video_features"] is slow
 
 
 # Rows

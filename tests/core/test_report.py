@@ -54,6 +54,8 @@ def test_data_is_ready_for_json(report):
         "fallbacks": {"float64": 2},
         "densities": [],
         "verified": [],
+        "cache_bytes": None,
+        "stored": {},
     }
 
 

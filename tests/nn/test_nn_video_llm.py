@@ -25,8 +25,9 @@ def encoder(tmp_path_factory) -> str:
     with torch.no_grad():
         for value in model.parameters():
             value.add_(torch.randn(value.shape) * 0.1)
-    save_weights(tmp_path_factory.mktemp("vit") / "enc", model, record={})
-    return str(tmp_path_factory.getbasetemp() / "vit0" / "enc")
+    path = tmp_path_factory.mktemp("vit") / "enc"
+    save_weights(path, model, record={})
+    return str(path)
 
 
 def build(encoder: str, **changes) -> VideoLLM:

@@ -95,7 +95,7 @@ def test_the_sample_clip_can_be_asked_about(run, model):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("sample", "which way does the cat go?"), "does not know 'cat'. It knows: , ? after"),
+        (("sample", "which way does the cat go?"), "does not know 'cat'. It knows: , ? a after"),
         (("nowhere.mp4", QUESTION), "nowhere.mp4"),
         (("sample", QUESTION, "--recipe", "EVC"), "did you mean EVS"),
         (("sample", QUESTION, "--recipe", "ToMe"), "ToMe cannot run on Llava"),

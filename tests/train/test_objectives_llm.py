@@ -89,26 +89,6 @@ def test_the_loss_falls_on_one_batch(encoder):
     assert losses[-1] < 0.4 * losses[0]
 
 
-@pytest.mark.slow
-def test_a_tiny_model_learns_to_count_and_is_blind_without_its_clip(encoder):
-    made = objective(
-        encoder, width=64, batch=32, kinds=("count", "when"), background="black", test_clips=64
-    )
-    made.draw = lambda step: (1.0, False)
-    trained = [p for p in made.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95))
-    for step in range(350):
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50)
-        loss, _ = made.loss(made.batch(step), step, noise(step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        scores = made.evaluate()
-    assert scores["count"] > KINDS["count"].chance + 0.12
-    assert scores["count/wrong-clip"] < scores["count"] - 0.1
-
 
 # What is kept
 

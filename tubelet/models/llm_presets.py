@@ -153,14 +153,13 @@ def is_llm(name: str | os.PathLike[str]) -> bool:
     """Whether a name means a preset here, or a folder with a video language model."""
     if os.fspath(name) in LLM_PRESETS:
         return True
-    path = Path(name)
-    if not path.is_dir():
-        return False
     from transformers import AutoConfig
 
+    path = Path(name)
     try:
-        return AutoConfig.from_pretrained(path).model_type in GEOMETRIES
+        return path.is_dir() and AutoConfig.from_pretrained(path).model_type in GEOMETRIES
     except (OSError, ValueError):
+        # Too long for the file system, or another kind of folder.
         return False
 
 

@@ -112,7 +112,7 @@ def _qwen25(config: Any, grid: TokenGrid) -> float:
     )
     windows = sum((unit * h * w) ** 2 for h in rows for w in columns)
     whole = len(vision.fullatt_block_indexes)
-    pairs = vision.depth * frame**2
+    pairs = whole * frame**2 + (vision.depth - whole) * windows
     attention = 4 * pairs * vision.hidden_size
     return _merged(vision, frame * grid.frames, gates=2) + grid.frames * attention
 
