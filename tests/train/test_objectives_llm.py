@@ -89,7 +89,6 @@ def test_the_loss_falls_on_one_batch(encoder):
     assert losses[-1] < 0.4 * losses[0]
 
 
-
 # What is kept
 
 

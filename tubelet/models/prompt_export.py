@@ -166,7 +166,7 @@ class _Exporter(PromptRuntime):
         whole = replace(whole, positions=self._positions(whole, inputs))
         # Where nothing is dropped the host numbers the prompt itself.
         policy = "keep" if all(plan is None for plan in plans) else recipe.positions
-        short = shortened(whole, places, videos, plans, policy="keep", pad=self._padding())
+        short = shortened(whole, places, videos, plans, policy=policy, pad=self._padding())
         embeds, planes = self._embedded(short)
         rows = range(short.batch)
         return PromptExport(

@@ -66,11 +66,15 @@ class AttentionView(nn.Module):
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, host: Any) -> Any:
         """Show a call, then have it computed: the encoder's `runtime` while it is watched."""
-        see = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        see = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _unseen)
         see(self, *(x[:, :, self.first :] for x in (q, k, v)), None, scaling=scale, dropout=0.0)
         if self.runtime is not None:
             return self.runtime.attend(module, q, k, v, scale, host)
         return host()
+
+
+def _unseen(*call: Any, **options: Any) -> None:
+    """For names that are no function, such as "eager"."""
 
 
 class VideoTower(PreTrainedModel):
@@ -146,8 +150,7 @@ class VideoTower(PreTrainedModel):
         return seen
 
     def _is_watched(self) -> bool:
-        name = self.config._attn_implementation
-        return name != self.own_attention and ALL_ATTENTION_FUNCTIONS.get(name) is not None
+        return self.config._attn_implementation != self.own_attention
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
