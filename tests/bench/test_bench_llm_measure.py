@@ -267,9 +267,10 @@ def test_agreement_by_hand():
     found = bench()
     reference = torch.tensor([[0.5, 0.25, 0.25]]).log()
     found.reference = measure.Answer(tokens=torch.tensor([[1, 2, 3, 4]]), logits=reference)
-    logits = torch.tensor([[0.25, 0.25, 0.5]]).log() + 7
+    logits = torch.tensor([[0.7, 0.2, 0.1]]).log() + 7
     agreement = found._agreement(measure.Answer(tokens=torch.tensor([[1, 2, 9, 4]]), logits=logits))
-    assert agreement.kl == pytest.approx(0.5 * 0.6931472 - 0.25 * 0.6931472)
+    # 0.5 ln(0.5 / 0.7) + 0.25 ln(0.25 / 0.2) + 0.25 ln(0.25 / 0.1); the other way it is 0.0993.
+    assert agreement.kl == pytest.approx(0.116623, abs=1e-5)
     assert (agreement.first, agreement.match) == (True, 0.5)
 
 

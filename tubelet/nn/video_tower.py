@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,14 +62,28 @@ class AttentionView(nn.Module):
     def __init__(self, config: TowerConfig, first: int) -> None:
         super().__init__()
         self.config, self.first = config, first
-        self.runtime: Any = None
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, host: Any) -> Any:
-        """Show a call, then have it computed: the encoder's `runtime` while it is watched."""
+    def show(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        """Show a call to the function of the tower's name."""
         see = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _unseen)
         see(self, *(x[:, :, self.first :] for x in (q, k, v)), None, scaling=scale, dropout=0.0)
-        if self.runtime is not None:
-            return self.runtime.attend(module, q, k, v, scale, host)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """The `runtime` of an encoder's attention while it is watched.
+
+    No module itself: torch would register it, and the attribute of the class would hide it.
+    """
+
+    view: AttentionView
+    before: Any
+
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, host: Any) -> Any:
+        """Show a call, then have it computed."""
+        self.view.show(q, k, v, scale)
+        if self.before is not None:
+            return self.before.attend(module, q, k, v, scale, host)
         return host()
 
 
@@ -155,16 +169,15 @@ class VideoTower(PreTrainedModel):
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """The views see every attention call."""
-        pairs = list(zip(self.video.layers, self.encoder.layers, strict=True))
-        before = [layer.attention.runtime for layer, _ in pairs]
+        modules = [layer.attention for layer in self.video.layers]
+        before = [module.runtime for module in modules]
         try:
-            for (layer, view), runtime in zip(pairs, before, strict=True):
-                view.self_attn.runtime = runtime
-                layer.attention.runtime = view.self_attn
+            for module, view, runtime in zip(modules, self.encoder.layers, before, strict=True):
+                module.runtime = _Watched(view.self_attn, runtime)
             yield
         finally:
-            for (layer, _), runtime in zip(pairs, before, strict=True):
-                layer.attention.runtime = runtime
+            for module, runtime in zip(modules, before, strict=True):
+                module.runtime = runtime
 
 
 def tower_config(
