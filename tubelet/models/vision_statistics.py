@@ -13,6 +13,7 @@ from tubelet.core.errors import UnsupportedError
 from tubelet.core.handle import Handle
 from tubelet.core.prompt import VISION_STATISTICS
 from tubelet.kernels.attention import CallStatistics, attention
+from tubelet.models.packed_calls import batches
 from tubelet.models.prompt import VideoPlace
 from tubelet.models.watched_attention import watch
 
@@ -82,8 +83,9 @@ class VisionWatch:
                 module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Any
             ) -> None:
                 if self.active:
-                    for part in _parts(q, k, v, lengths):
-                        self._keep(asked[module], part, scale)
+                    for name, layer in asked[module]:
+                        value = self._statistic(name, q, k, v, scale, lengths)
+                        self.values[name, layer].append(value)
 
             watch(tower, asked, see, handle)
 
@@ -96,21 +98,30 @@ class VisionWatch:
 
         return hook
 
-    def _keep(
-        self, asked: Sequence[tuple[str, int]], qkv: tuple[Tensor, ...], scale: float
-    ) -> None:
-        q, k, v = qkv
-        for name, layer in asked:
-            stats = CallStatistics(q, k, v, scale)
-            if name == "keys":
-                value = stats.keys()
-            elif name == "class" or (name == "class or received" and self.facts.class_tokens):
-                value = stats.rows([0]).mean((1, 2))[..., None]
-            else:
-                lse = attention(q, k, v, scale=scale)[1]
-                received = CallStatistics(q, k, v, scale, lse).received()
-                value = received[..., None] / q.shape[2]
-            self.values[name, layer].append(self._patches(value))
+    def _statistic(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None
+    ) -> Tensor:
+        """[P, C] of a call; kernels for variable lengths get all frames as one sequence."""
+        if lengths is None:
+            return self._patches(self._measure(name, q, k, v, scale))
+        rows, values = [], []
+        for places, part in batches(lengths.diff().tolist(), q, k, v):
+            value = self._measure(name, *part, scale)
+            values.append(self._patches(value))
+            if places is None:
+                return values[0]
+            rows.append(self._patches(places.view(*value.shape[:2], 1))[:, 0])
+        return torch.cat(values)[torch.cat(rows).argsort()]
+
+    def _measure(self, name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """[B, N, C] of separate sequences."""
+        stats = CallStatistics(q, k, v, scale)
+        if name == "keys":
+            return stats.keys()
+        if name == "class" or (name == "class or received" and self.facts.class_tokens):
+            return stats.rows([0]).mean((1, 2))[..., None]
+        lse = attention(q, k, v, scale=scale)[1]
+        return CallStatistics(q, k, v, scale, lse).received()[..., None] / q.shape[2]
 
     def _patches(self, x: Tensor) -> Tensor:
         """[frames, places, C] without class tokens, as [P, C]."""
@@ -140,14 +151,6 @@ class VisionWatch:
         """The tower failed; nothing is kept."""
         self.active = False
         self.values.clear()
-
-
-def _parts(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> list[tuple[Tensor, ...]]:
-    """A call as separate sequences: variable-length kernels get all frames in one."""
-    if lengths is None:
-        return [(q, k, v)]
-    sizes = lengths.diff().tolist()
-    return list(zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True))
 
 
 # Ways from patches to tokens

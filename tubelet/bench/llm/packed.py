@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from tubelet.models.packed_calls import batches
 
 # Transformers hands all frames over at once only to names with "flash" in them.
 NAME = "tubelet_flash_packed"
@@ -74,21 +75,11 @@ def attend(
     Returns:
         [1, S, H, D].
     """
-    if len(set(lengths)) == 1:
-        return _batch(query, key, value, len(lengths), scale)
-    sizes = torch.tensor(lengths, device=query.device)
-    starts = sizes.cumsum(0) - sizes
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    for length in sorted(set(lengths)):
-        chosen = starts[sizes == length]
-        rows = (chosen[:, None] + torch.arange(length, device=query.device)).flatten()
-        part = [x[:, :, rows] for x in (query, key, value)]
-        out[:, rows] = _batch(part[0], part[1], part[2], len(chosen), scale)
+    for rows, (q, k, v) in batches(lengths, query, key, value):
+        part = nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        part = part.transpose(1, 2).flatten(0, 1)
+        if rows is None:
+            return part[None]
+        out[0, rows] = part
     return out
-
-
-def _batch(query: Tensor, key: Tensor, value: Tensor, num: int, scale: float | None) -> Tensor:
-    """`num` sequences of equal length."""
-    split = [x[0].unflatten(1, (num, -1)).transpose(0, 1) for x in (query, key, value)]
-    out = nn.functional.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale)
-    return out.transpose(1, 2).flatten(0, 1)[None]
