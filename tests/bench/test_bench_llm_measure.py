@@ -300,21 +300,45 @@ def test_out_of_memory_in_a_recipe_is_a_row(monkeypatch):
     assert "generate" not in vars(found.model)
 
 
-def test_out_of_memory_in_a_batch_leaves_the_rest_of_the_row(monkeypatch):
-    make = measure.make_prompts
+@pytest.mark.parametrize("most", [4, 2, 1, 0])
+def test_batches_that_do_not_fit_are_served_in_parts(monkeypatch, most):
+    make, made = measure.make_prompts, []
 
     def small(loaded, task, batch):
-        if batch > 1:
+        if batch > most and made:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(batch)
         return make(loaded, task, batch)
 
     monkeypatch.setattr(measure, "make_prompts", small)
     found = bench(concurrencies=(1, 4))
     with torch.inference_mode():
         dense, row = found.dense(), found.attempt((RandomPrompt(),))
-    assert [entry.error is None for entry in row.throughput] == [True, False]
     assert row.error is None
-    assert dense.throughput[1].requests is None
+    assert row.throughput[0].error is None
+    for entry in (dense.throughput[1], row.throughput[1]):
+        assert entry.together == (most or None)
+        assert (entry.error is None) == (most > 0)
+        if most:
+            assert entry.requests == pytest.approx(4 / entry.seconds)
+    assert row.throughput[1].over_dense == (
+        pytest.approx(dense.throughput[1].seconds / row.throughput[1].seconds) if most else None
+    )
+
+
+def test_another_failure_of_a_batch_is_not_tried_in_parts(monkeypatch):
+    found = bench(concurrencies=(1, 4))
+    tried = []
+    monkeypatch.setattr(found, "_serve", lambda *call: tried.append(call) or 1 / 0)
+    with torch.inference_mode():
+        entry = found.dense().throughput[1]
+    assert len(tried) == 1
+    assert "ZeroDivisionError" in entry.error
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(32, [32, 16, 8, 4, 2, 1]), (12, [12, 6, 3, 1])])
+def test_parts_are_equal(batch, parts):
+    assert measure._parts(batch) == parts
 
 
 def test_a_refused_recipe_is_a_row():

@@ -198,7 +198,7 @@ class LLMBench:
         if rates[0] is not None and rates[-1] is not None:
             row.decode_speedup = rates[-1] / rates[0]
         if 1 in self.concurrencies:
-            alone = Throughput(concurrency=1, **self._requests(1, median(long[-1])))
+            alone = Throughput(concurrency=1, together=1, **self._requests(1, median(long[-1])))
             ratio = median(long[0]) / median(long[-1])
             row.throughput.append(dataclasses.replace(alone, over_dense=ratio))
 
@@ -213,25 +213,38 @@ class LLMBench:
                 row.throughput.append(self._throughput(recipes, row.name, batch))
 
     def _throughput(self, recipes: Combination, name: str, batch: int) -> Throughput:
-        """One batched answer behind one that warms up."""
-        try:
-            inputs = make_prompts(self.loaded, self.task, batch)
-            spent = 0.0
-            for what in ("warming up", "timing"):
-                self.progress(f"{name}: {what} {batch} prompts at once", 0, 1)
-                with self._on_model(recipes):
-                    spent = seconds(
-                        lambda: self._generate(inputs, 1 + self.new_tokens), self.device
-                    )
-        except Exception as error:
-            found = Throughput(concurrency=batch, error=reason(error))
-            self.announce(f"{name}: {batch} prompts at once: {found.error}")
-            self._free()
-            return found
-        rates = self._requests(batch, spent)
-        dense = None if self.base is None else self._dense_requests(batch)
-        ratio = 1.0 if self.base is None else None if dense is None else rates["requests"] / dense
-        return Throughput(concurrency=batch, over_dense=ratio, **rates)
+        """All prompts at once, or in the largest parts that memory allows."""
+        why = ""
+        for together in _parts(batch):
+            try:
+                spent = self._serve(recipes, name, batch, together)
+            except torch.OutOfMemoryError as error:
+                why = reason(error)
+                self._free()
+            except Exception as error:
+                why = reason(error)
+                break
+            else:
+                rates = self._requests(batch, spent)
+                dense = rates["requests"] if self.base is None else self._dense_requests(batch)
+                ratio = None if dense is None else rates["requests"] / dense
+                return Throughput(concurrency=batch, together=together, over_dense=ratio, **rates)
+        found = Throughput(concurrency=batch, error=why)
+        self.announce(f"{name}: {batch} prompts at once: {found.error}")
+        self._free()
+        return found
+
+    def _serve(self, recipes: Combination, name: str, batch: int, together: int) -> float:
+        """Seconds for `batch` answers, `together` at once, behind a batch that warms up."""
+        inputs = make_prompts(self.loaded, self.task, together)
+        spent = []
+        with self._on_model(recipes):
+            for number in range(1 + batch // together):
+                self.progress(f"{name}: {batch} prompts, {together} at once", number, None)
+                spent.append(
+                    seconds(lambda: self._generate(inputs, 1 + self.new_tokens), self.device)
+                )
+        return sum(spent[1:])
 
     def _requests(self, batch: int, spent: float) -> dict[str, float]:
         answers = batch / spent
@@ -295,6 +308,14 @@ class LLMBench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _parts(batch: int) -> list[int]:
+    """Equal parts of a batch, each at most half of the one before."""
+    found = [batch]
+    while found[-1] > 1:
+        found.append(max(n for n in range(1, found[-1] // 2 + 1) if batch % n == 0))
+    return found
 
 
 def cache_bytes(cache: Any) -> int:

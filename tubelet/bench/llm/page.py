@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from tubelet.bench.fidelity.page import render_template
 from tubelet.bench.llm.result import LLMRun, Row
 from tubelet.bench.llm.table import PARTS, cells, failures, headers, heading
 
@@ -20,13 +21,6 @@ LABELS = {
 
 def render(runs: Sequence[LLMRun]) -> str:
     """HTML text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    # The style of all pages lies with those of the fidelity bench.
-    folders = [Path(__file__).parent, Path(__file__).parents[1] / "fidelity"]
-    templates = Environment(
-        loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined
-    )
     parts = [
         {
             "run": run,
@@ -38,7 +32,9 @@ def render(runs: Sequence[LLMRun]) -> str:
         }
         for run in runs
     ]
-    return templates.get_template("llm.html.jinja").render(parts=parts, labels=LABELS)
+    return render_template(
+        "llm.html.jinja", folder=Path(__file__).parent, parts=parts, labels=LABELS
+    )
 
 
 def first_token_bars(run: LLMRun) -> str:

@@ -48,11 +48,13 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Prompts answered together by one batched `generate`.
+    """Prompts answered by batched `generate`.
 
     Args:
-        concurrency: Prompts in the batch.
-        seconds: Of the whole batch, answers included; None where it failed.
+        concurrency: Prompts that wait for an answer.
+        together: Of them in a batch: all, or the largest equal part that memory allows, one part
+            behind the other. None where not even one fits.
+        seconds: Until all are answered; None where it failed.
         requests: Prompts per second.
         tokens: Answer tokens per second.
         over_dense: `requests` over those of the dense model; None where either failed.
@@ -60,6 +62,7 @@ class Throughput:
     """
 
     concurrency: int
+    together: int | None = None
     seconds: float | None = None
     requests: float | None = None
     tokens: float | None = None

@@ -37,7 +37,10 @@ PAGE_ONLY = {"density", "KV MB", "prompt", "overhead", "layers", "FLOPs", "memor
 
 def headers(run: LLMRun) -> dict[str, str]:
     """Header and meaning of every column of a run."""
-    meaning = "prompts answered per second by one batched generate of {}, and over dense"
+    meaning = (
+        "prompts answered per second by batched generate of {}, and over dense; in the largest "
+        "parts that memory allows"
+    )
     return COLUMNS | {f"{n} at once": meaning.format(n) for n in run.concurrencies}
 
 
@@ -143,7 +146,8 @@ def _throughput(row: Row, concurrency: int) -> str:
     entry = next((e for e in row.throughput if e.concurrency == concurrency), None)
     if entry is None or entry.requests is None:
         return "-"
-    return f"{entry.requests:.3g}{_over(entry)}"
+    parts = "" if entry.together == concurrency else f", {entry.together} at a time"
+    return f"{entry.requests:.3g}{_over(entry)}{parts}"
 
 
 def _over(entry: Throughput) -> str:
