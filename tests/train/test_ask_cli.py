@@ -89,7 +89,14 @@ def test_people_get_a_table(run, model, clip):
 
 
 def test_the_sample_clip_can_be_asked_about(run, model):
-    assert ask(run, model, "sample")["clip"].startswith("rendered sample clip")
+    told = ask(run, model, "sample")
+    assert told["clip"] == "rendered sample clip"
+    assert "a red square goes " in told["shows"]
+    assert told["shows"].count("from frame") == 3
+
+
+def test_clips_unlike_those_of_the_training_come_with_a_word_of_warning(run, model, clip):
+    assert "trained on clips of simple objects" in ask(run, model, clip)["shows"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,14 @@ from tubelet.core.errors import ClipError, UnsupportedError
 from tubelet.train.clips import TEST_SEED
 from tubelet.train.clips.scenes import heading
 from tubelet.train.detector import detect
-from tubelet.train.questions.scene import COLOURS, MOST_OBJECTS, SHAPES, THIRDS, make_objects
+from tubelet.train.questions.scene import (
+    COLOURS,
+    MOST_OBJECTS,
+    SHAPES,
+    THIRDS,
+    make_objects,
+    sample_objects,
+)
 from tubelet.train.world import ATTRIBUTES
 
 
@@ -122,3 +129,15 @@ def test_what_cannot_be_drawn_is_refused(changes, error):
     with pytest.raises(error) as caught:
         make_objects(arguments.pop("batch"), arguments.pop("seed"), **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("frames", "size"), [(16, 64), (8, 32)])
+def test_the_sample_shows_what_its_text_says(frames, size):
+    sample = sample_objects(frames, size)
+    assert sample.pixels.shape == (1, frames, 3, size, size)
+    texts = sample.texts(0)
+    assert len(texts) == int(sample.present.sum()) == 3
+    place = next(i for i, text in enumerate(texts) if text.startswith("a red square goes "))
+    way = texts[place].split(" goes ")[1].split(" from frame ")
+    assert ATTRIBUTES["direction"][int(sample.direction[0, place])] == way[0]
+    assert int(sample.start[0, place]) == int(way[1])

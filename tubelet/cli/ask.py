@@ -9,9 +9,10 @@ import typer
 from rich.table import Table
 
 from tubelet.cli.app import Json, app, console, print_json, progress_bar
+from tubelet.cli.clips import FPS
 from tubelet.core.errors import ModelError
 
-MODEL = "tubelet-llm"
+MODEL, SAMPLE = "tubelet-llm", "sample"
 ANSWER_TOKENS = 4
 """Answers are single words and an end; a few more show a model that does not stop."""
 
@@ -20,7 +21,7 @@ TIMES = ("decode video", "vision", "plan", "prompt", "prefill", "answer")
 
 @app.command()
 def ask(
-    clip: Annotated[str, typer.Argument(help="A video file, or 'sample'.")],
+    clip: Annotated[str, typer.Argument(help="A video file, or 'sample': objects on the move.")],
     question: Annotated[str, typer.Argument(help='Such as "which way does the red square go?"')],
     recipe: Annotated[
         list[str] | None,
@@ -38,7 +39,8 @@ def ask(
         return print_json(result)
     table = Table(
         "variant", "answer", "likeliest words", "video tokens", *TIMES,
-        title=question, title_justify="left", caption="times in ms", caption_justify="left",
+        title=question, title_justify="left", caption=f"times in ms; {result['shows']}",
+        caption_justify="left",
     )  # fmt: skip
     for row in result["answers"]:
         words = ", ".join(f"{entry['word']} {entry['probability']:.0%}" for entry in row["top"])
@@ -61,6 +63,9 @@ def _answers(
     from tubelet.bench.generators.combinations import name_of, read_combinations, refuse_early
     from tubelet.bench.run import hush_transformers
     from tubelet.models.load import checked_device
+    from tubelet.nn.video_tower import as_pictures
+    from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD
+    from tubelet.video import normalise
 
     variants = [(), *read_combinations(recipes)]
     place = checked_device(device)
@@ -71,7 +76,10 @@ def _answers(
     prompt = {name: x.to(place) for name, x in llm.prompts([question]).items()}
     tell("decoding the clip", 0, 1)
     started = time.perf_counter()
-    clip, pixels = _open(source, llm)
+    clip, shows = _open(source, llm)
+    depth = llm.tower.video.config.tubelet[0]
+    pixels = normalise(clip.frames, (PIXEL_MEAN,) * 3, (PIXEL_STD,) * 3)[None]
+    pixels = as_pictures(pixels, depth)
     decoding = time.perf_counter() - started
     inputs = {**prompt, "pixel_values_videos": pixels.to(place)}
     _reply(llm, inputs, ANSWER_TOKENS)
@@ -81,7 +89,8 @@ def _answers(
         row = _ask(llm, inputs, recipes_on, top)
         row["seconds"] = {"decode video": decoding, **row["seconds"]}
         rows.append({"variant": name_of(recipes_on), **row})
-    return {"clip": clip.source, "question": question, "model": model, "answers": rows}
+    told = {"clip": clip.source, "shows": shows, "question": question, "model": model}
+    return told | {"answers": rows}
 
 
 def _load(name: str, device: Any) -> Any:
@@ -100,21 +109,22 @@ def _load(name: str, device: Any) -> Any:
     return load_weights(name, expect="VideoLLM", device=device)
 
 
-def _open(source: str, llm: Any) -> tuple[Any, Any]:
-    """The clip at the model's length and size, and the host's [1, frames, channels, H, W]."""
-    from tubelet.bench.clip_inputs import open_clip
-    from tubelet.models.encoder import ClipSpec
-    from tubelet.models.load import LoadedModel
-    from tubelet.nn.video_tower import as_pictures
-    from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD
-    from tubelet.video import normalise
+def _open(source: str, llm: Any) -> tuple[Any, str]:
+    """The clip at the model's length and size, and what is known about it."""
+    import torch
+
+    from tubelet.train.questions import sample_objects
+    from tubelet.video import Clip, read_clip
 
     frames, *size = llm.clip_shape
-    depth = llm.tower.video.config.tubelet
-    spec = ClipSpec(frames=frames, size=(size[0], size[1]), tubelet=depth)
-    clip = open_clip(source, LoadedModel(model=llm, name="", random_weights=False, clip=spec))
-    pixels = normalise(clip.frames, (PIXEL_MEAN,) * 3, (PIXEL_STD,) * 3)[None]
-    return clip, as_pictures(pixels, depth[0])
+    if source != SAMPLE or os.path.exists(source):
+        unknown = "the model was trained on clips of simple objects, like that of 'sample'"
+        return read_clip(source, num_frames=frames, size=(size[0], size[1])), unknown
+    drawn = sample_objects(frames, size[0])
+    pictures = (drawn.pixels[0] * 255).round().byte()
+    times = torch.arange(frames, dtype=torch.float64) / FPS
+    clip = Clip(pictures, times, "rendered sample clip", float(FPS))
+    return clip, f"in the clip {', '.join(drawn.texts(0))}"
 
 
 def _ask(llm: Any, inputs: dict[str, Any], recipes: tuple[Any, ...], top: int) -> dict[str, Any]:

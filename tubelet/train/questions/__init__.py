@@ -5,7 +5,7 @@ Answers are single words and independent of the wording; see `KINDS` for what gu
 
 from tubelet.train.questions.kinds import KINDS, Kind, words
 from tubelet.train.questions.make import SLOTS, QuestionBatch, make_questions
-from tubelet.train.questions.scene import Objects, make_objects
+from tubelet.train.questions.scene import Objects, make_objects, sample_objects
 
 __all__ = [
     "KINDS",
@@ -15,5 +15,6 @@ __all__ = [
     "QuestionBatch",
     "make_objects",
     "make_questions",
+    "sample_objects",
     "words",
 ]

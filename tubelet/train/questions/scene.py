@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tubelet.core.errors import ClipError, UnsupportedError
+from tubelet.train.clips import TEST_SEED
 from tubelet.train.clips.dice import Dice, constant
 from tubelet.train.clips.scenery import BACKGROUNDS, MIXED, choose_kinds, panning
 from tubelet.train.clips.scenes import DIRECTIONS, Shot, heading
@@ -14,7 +15,7 @@ from tubelet.train.clips.sprites import figures
 from tubelet.train.world import ATTRIBUTES
 
 MOST_OBJECTS = 4
-COLOURS, SHAPES = ATTRIBUTES["colour"], ATTRIBUTES["shape"]
+COLOURS, SHAPES, HEADINGS = (ATTRIBUTES[name] for name in ("colour", "shape", "direction"))
 THIRDS = ((0.0, 0.22), (0.4, 0.6), (0.7, 0.8))
 """When an object appears, as shares of the clip: clearly in one third, and seen for a while."""
 
@@ -51,6 +52,30 @@ class Objects:
     def to(self, device: torch.device | str) -> "Objects":
         """The same clips on another device."""
         return Objects(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def texts(self, clip: int) -> list[str]:
+        """What each object of a clip looks like and does."""
+        rows = (x[clip].tolist() for x in (self.present, self.colour, self.shape, self.direction))
+        return [
+            f"a {COLOURS[colour]} {SHAPES[shape]} goes {HEADINGS[direction]} from frame {start}"
+            for present, colour, shape, direction, start in zip(
+                *rows, self.start[clip].tolist(), strict=True
+            )
+            if present
+        ]
+
+
+def sample_objects(frames: int, size: int) -> Objects:
+    """One clip to try questions on: the first test clip of three objects with a red square.
+
+    Args:
+        frames, size: As for `make_objects`.
+    """
+    drawn = make_objects(64, TEST_SEED, background="static", frames=frames, size=size)
+    named = (drawn.colour == COLOURS.index("red")) & (drawn.shape == SHAPES.index("square"))
+    wanted = (named & drawn.present).any(1) & (drawn.present.sum(1) == 3)
+    first = int(wanted.int().argmax())
+    return Objects(*(getattr(drawn, field.name)[first : first + 1] for field in fields(drawn)))
 
 
 @torch.no_grad()
