@@ -20,6 +20,7 @@ from tubelet.train.objectives_llm import (
     QuestionObjective,
 )
 from tubelet.train.questions import KINDS, words
+from tubelet.train.questions.make import OBJECT_KINDS, TASK_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +53,34 @@ def test_the_loss_is_the_mean_over_kinds_in_units_of_a_blind_guess(encoder):
     made.draw = lambda step: (1.0, False)
     with torch.no_grad():
         made.model.host.lm_head.weight.zero_()
-    loss, metrics = made.loss(made.batch(0), 0, noise())
+    batch = made.batch(0)
+    asked = [list(KINDS)[number] for number in batch.kind.unique().tolist() if number >= 0]
+    loss, metrics = made.loss(batch, 0, noise())
     # Equal logits over all words cost log V, whatever the kind; the end counts a tenth.
     size = math.log(made.model.host.config.text_config.vocab_size)
-    wanted = sum(size / -math.log(kind.chance) for kind in KINDS.values()) / len(KINDS)
+    wanted = sum(size / -math.log(KINDS[name].chance) for name in asked) / len(asked)
     assert loss.item() == pytest.approx(wanted + 0.1 * size, rel=1e-4)
-    assert set(metrics) == {"answered", *KINDS}
+    assert set(metrics) == {"answered", *OBJECT_KINDS}
     assert not any(value.requires_grad or value.ndim for value in metrics.values())
+
+
+def test_tasks_take_turns_beside_the_objects(encoder):
+    made = objective(encoder, batch=16)
+    seen = []
+    for seed in range(4):
+        batch = made.batch(seed)
+        numbers = batch.kind.flatten().unique().tolist()
+        asked = {list(KINDS)[number] for number in numbers if number >= 0}
+        assert len(asked & set(OBJECT_KINDS)) > 3
+        seen += asked - set(OBJECT_KINDS)
+    assert sorted(seen) == sorted(TASK_KINDS)
+
+
+def test_a_model_of_tasks_only_is_asked_all_of_them(encoder):
+    made = objective(encoder, batch=4, kinds=("shell", "glyph"))
+    assert made.batch(0).kind.unique().tolist() == [
+        -1, *sorted(list(KINDS).index(name) for name in ("shell", "glyph"))
+    ]  # fmt: skip
 
 
 def test_only_answers_and_ends_are_in_the_loss(encoder):

@@ -14,6 +14,7 @@ from tubelet.train.clips import TEST_SEED
 from tubelet.train.clips.dice import constant
 from tubelet.train.objectives import EXPOSURE, normalised, shuffled
 from tubelet.train.questions import KINDS, QuestionBatch, make_questions
+from tubelet.train.questions.make import OBJECT_KINDS
 from tubelet.train.questions.packing import answers, to_slots
 
 KEEPS = (0.6, 0.35, 0.2, 0.1)
@@ -34,11 +35,11 @@ END_WEIGHT = 0.1
 SEES = ("video", "shuffled", "nothing")
 
 ALL_KINDS_FROM = 64
-"""Clips of a batch from which on every kind is asked in every step, so that its score is one."""
+"""Clips of a batch from which on every kind about objects is asked, so that its score is one."""
 
 
 class QuestionObjective:
-    """Questions of every kind about mixed clips; only answers are in the loss.
+    """Questions about mixed clips; only answers are in the loss.
 
     The encoder is frozen. In part of the steps only some video tokens are left, drawn at random
     by tokens, frames and places, so that a shortened prompt is nothing new to the model.
@@ -75,11 +76,13 @@ class QuestionObjective:
         self.model, self.batch_size, self.kinds = llm, batch, tuple(kinds)
         self.sees, self.background, self.test_clips = sees, background, test_clips
         self.settle = settle
+        self.constant = tuple(name for name in self.kinds if name in OBJECT_KINDS)
         self.device = next(llm.parameters()).device
         self.notes = {
             "kinds": list(self.kinds),
             "sees": sees,
             "background": background,
+            "tasks_per_step": 1,
             "keep_ratios": [1.0, *KEEPS],
             "dense_steps_first": settle,
             "dense_share": DENSE_SHARE,
@@ -99,8 +102,16 @@ class QuestionObjective:
             layer.compile(dynamic=False)
 
     def batch(self, seed: int) -> QuestionBatch:
-        """Clips of every sort with their questions; glyphs are often shown longer than in tests."""
-        return self._questions(self.batch_size, seed, self.kinds, (EXPOSURE[0], 8))
+        """Clips of objects and, in turns, of one task, whose simulation takes longest.
+
+        Glyphs are often shown longer than in tests.
+        """
+        asked, tasks = self.constant, [k for k in self.kinds if k not in self.constant]
+        if not asked:
+            asked = self.kinds
+        elif tasks:
+            asked = (*asked, tasks[seed % len(tasks)])
+        return self._questions(self.batch_size, seed, asked, (EXPOSURE[0], 8))
 
     def _questions(
         self, batch: int, seed: int, kinds: Sequence[str], exposure: tuple[int, int]
@@ -141,7 +152,8 @@ class QuestionObjective:
         loss = losses.sum() / there.sum() + END_WEIGHT * end.sum() / asked
         metrics = {"answered": right.sum() / asked}
         if self.batch_size >= ALL_KINDS_FROM:
-            metrics |= dict(zip(self.kinds, scores.unbind(), strict=True))
+            each = dict(zip(self.kinds, scores.unbind(), strict=True))
+            metrics |= {name: each[name] for name in self.constant}
         return loss, metrics
 
     def _by_kind(self, kind: Tensor, answer: Tensor, right: Tensor) -> tuple[Tensor, ...]:
