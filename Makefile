@@ -8,6 +8,7 @@ CLIP ?= task:ego-motion
 MODEL ?= tubelet-vit
 BATCH ?= 8
 PROMPT ?= large red triangle moving left on stripes
+QUESTION ?= which way does the red square go?
 OUT ?= out
 DEVICE ?= cpu
 
@@ -16,6 +17,8 @@ DEVICE ?= cpu
 run: $(BIN)/.ready
 	$(BIN)/tubelet compare "$(CLIP)" --model $(MODEL) --batch $(BATCH) --out "$(OUT)" $(ARGS)
 	$(BIN)/tubelet compare "$(PROMPT)" --model tubelet-dit --out "$(OUT)/generator"
+	$(BIN)/tubelet ask sample "$(QUESTION)" --recipe "FastVID(keep_ratio=0.25)" \
+		--recipe "VidCom2(keep_ratio=0.25) + FastV(layer=2)"
 
 test: $(BIN)/.ready
 	$(BIN)/python -m pytest -q $(ARGS)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tubelet.bench.answers.result import read_answers
+from tubelet.bench.answers.tables import markdown as answers_tables
 from tubelet.bench.attention.result import read_runs as read_attention
 from tubelet.bench.attention.tables import forwards, layers
 from tubelet.bench.attention.tables import markdown as attention_tables
@@ -24,6 +26,7 @@ from tubelet.bench.llm.result import read_runs as read_llm
 from tubelet.bench.llm.table import markdown as llm_tables
 from tubelet.bench.matrix import methods, support
 from tubelet.nn.weights import load_weights, read_card, shipped
+from tubelet.train.questions import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = tuple(
@@ -214,6 +217,17 @@ def attention_cpu() -> str:
     return attention_tables(read_attention(RESULTS / "attention" / "cpu.json")).strip()
 
 
+def prefill_layers() -> str:
+    """Attention of long prompts on a GPU, dense and sparse, as measured."""
+    paths = sorted((RESULTS / "attention").glob("prefill-*.json"))
+    if not paths:
+        return (
+            "Not measured yet on a GPU. What the commands above write goes to "
+            "`bench/results/attention/prefill-*.json`."
+        )
+    return attention_tables([run for path in paths for run in read_attention(path)]).strip()
+
+
 def language_models() -> str:
     """Video language models on a GPU, as measured."""
     paths = sorted((RESULTS / "llm").glob("*.json"))
@@ -223,6 +237,17 @@ def language_models() -> str:
             "goes to `bench/results/llm/`."
         )
     return llm_tables([run for path in paths for run in read_llm(path)]).strip()
+
+
+def answers() -> str:
+    """What recipes for video prompts cost in right answers, as measured."""
+    paths = sorted((RESULTS / "answers").glob("*.json"))
+    if not paths:
+        return (
+            "Not measured yet. `tubelet bench answers --device cuda` measures; what it writes goes "
+            "to `bench/results/answers/`."
+        )
+    return "\n\n".join(answers_tables(read_answers(path)).strip() for path in paths)
 
 
 def cards() -> str:
@@ -241,6 +266,19 @@ def cards() -> str:
             f"| `{name}` | {card.summary} | {size:.1f} M | {steps} | {minutes:.1f} | "
             f"{card.record['seed']} | `{_command(card.record)}` |"
         )
+    return "\n".join(lines)
+
+
+def llm_scores() -> str:
+    """What the shipped video language model scored after its training, per kind of question."""
+    scores = read_card("tubelet-llm").record["scores"]
+    ways = ("kept-0.25", "shuffled", "wrong-clip", "chance")
+    lines = ["| question | all tokens | a random quarter | shuffled | wrong clip | a guess |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for name in (name for name in scores if "/" not in name):
+        shares = (scores[name], *(scores[f"{name}/{way}"] for way in ways))
+        cells = " | ".join(f"{share:.0%}" for share in shares)
+        lines.append(f"| {KINDS[name].title} | {cells} |")
     return "\n".join(lines)
 
 
@@ -278,7 +316,10 @@ SECTIONS = {
     "forward": forward_passes,
     "attention-quality": attention_quality,
     "cards": cards,
+    "llm-card": llm_scores,
     "llm": language_models,
+    "answers": answers,
+    "prefill": prefill_layers,
     "figures": lambda: figures(sorted(path.stem for path in RESULTS.glob("*.json"))),
 }
 

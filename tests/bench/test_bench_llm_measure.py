@@ -198,6 +198,10 @@ def test_bounds_are_told_before_the_measurement(measured):
         assert f"{row.bound:.2f}x" in mine[0]
         assert f"measured {row.speedup:.2f}x" in mine[1]
         assert row.of_bound == row.speedup / row.bound
+        host, mine = row.dense_split["prompt"], row.split["total"]
+        wanted = (row.dense_split["total"] - host) / (mine - host)
+        assert row.prefill_speedup == pytest.approx(wanted)
+        assert row.prefill_of_bound == pytest.approx(wanted / row.bound)
 
 
 def test_the_four_ratios_differ_where_they_should(measured):

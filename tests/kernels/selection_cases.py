@@ -130,3 +130,34 @@ def test_lists_are_the_places_of_a_table(columns):
     live = torch.arange(columns, device=DEVICE) < have.counts[..., None]
     assert torch.equal(have.indices[live], want.indices[live])
     assert torch.equal(have.to_dense(), kept)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("batch", "num", "k"), [(1, 1, 1), (3, 13, 13), (2, 64, 9), (1, 700, 40)])
+def test_greedy_choices_are_those_of_the_loop(batch, num, k, weighted):
+    x = torch.randn(batch, num, 24, device=DEVICE)
+    weight = torch.rand(batch, num, device=DEVICE) if weighted else None
+    have = TOOLS.max_min(x, k, weight)
+    assert torch.equal(have, PLAIN_TOOLS["max_min"](x, k, weight))
+    assert have.sum(1).tolist() == [k] * batch
+
+
+def test_greedy_choices_prefer_the_first_of_equals_and_take_weights_of_zero():
+    x = torch.eye(6, device=DEVICE).repeat(3, 1)[None]
+    assert TOOLS.max_min(x, 4)[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+    weight = torch.zeros(1, 18, device=DEVICE)
+    weight[0, 7] = 1
+    assert TOOLS.max_min(x, 3, weight)[0].nonzero()[:, 0].tolist() == [0, 1, 7]
+
+
+def test_large_tables_of_distances_are_halved_and_choose_nearly_as_well(monkeypatch):
+    monkeypatch.setattr("tubelet.kernels.selection.triton_selection.DISTANCES", 0)
+    x = torch.randn(1, 200, 24, device=DEVICE)
+    unit = torch.nn.functional.normalize(x[0].double(), dim=-1)
+
+    def apart(chosen):
+        picked = unit[chosen[0]]
+        return float((1 - picked @ picked.T).fill_diagonal_(torch.inf).min())
+
+    have, want = TOOLS.max_min(x, 30), PLAIN_TOOLS["max_min"](x, 30)
+    assert apart(have) >= 0.998 * apart(want)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tubelet.core.block_mask import BlockMask
 from tubelet.core.errors import ShapeError, UnsupportedError
 from tubelet.core.plan import AttentionPlan
-from tubelet.kernels.attention import attention, choose
+from tubelet.kernels.attention import attention, choose, flex
 from tubelet.kernels.attention.call import Call
 from tubelet.kernels.attention.causal import causal_lists
 
@@ -114,6 +114,26 @@ def test_lists_on_and_above_the_diagonal_leave_ordinary_causal_attention(impl):
     dense = attention(q, k, v, causal=True, impl="sdpa")
     for have, want in zip(found, dense, strict=True):
         torch.testing.assert_close(have, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num", [1, 100, 128, 300])
+@pytest.mark.parametrize("impl", ["reference", "flex", "sdpa"])
+def test_calls_without_lists_see_nothing_later(impl, num):
+    q, k, v = torch.randn(1, 4, num, 8), *torch.randn(2, 1, 2, num, 8)
+    out, lse = attention(q, k, v, causal=True, impl=impl)
+    want, want_lse = expected(q, k, v, torch.ones(1, 4, num, num, dtype=torch.bool))
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-6)
+
+
+def test_the_triangle_of_flex_asks_about_its_diagonal_only():
+    for num, asked in ((256, 2), (300, 2 + 3)):
+        found = flex._triangle(num, torch.device("cpu"))
+        blocks = -(-num // flex.DENSE)
+        assert int(found.kv_num_blocks.sum()) == asked
+        total = found.kv_num_blocks.sum() + found.full_kv_num_blocks.sum()
+        assert int(total) == blocks * (blocks + 1) // 2
+        assert torch.equal(found.to_dense()[0, 0].bool(), torch.ones(blocks, blocks).tril().bool())
 
 
 @pytest.mark.parametrize("order", [None, torch.randperm(64)[None]])

@@ -5,6 +5,7 @@ of a list is checked against the end of the keys, elsewhere missing keys count a
 """
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 from tubelet.core.block_mask import BlockMask
 from tubelet.core.plan import AttentionPlan
-from tubelet.kernels.attention import attention, fa4
+from tubelet.kernels.attention import attention, causal, fa4, merge, reference
 from tubelet.kernels.attention.call import Call
 
 
@@ -27,15 +28,19 @@ class Lists(NamedTuple):
     block_size: tuple[int, int]
 
 
-def flash_attn_func(q, k, v, *, softmax_scale, pack_gqa, block_sparse_tensors, return_lse):
+def flash_attn_func(q, k, v, *, softmax_scale, causal, pack_gqa, block_sparse_tensors, return_lse):
     assert return_lse
     q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     lists = block_sparse_tensors
     if lists is None:
         logits = q @ k.mT * softmax_scale
+        if causal:
+            places = torch.arange(q.shape[2])
+            logits = logits.masked_fill(places > places[:, None], -torch.inf)
         return (logits.softmax(-1) @ v).transpose(1, 2).half(), logits.logsumexp(-1).float()
     assert pack_gqa is False
+    assert not causal
     assert int(lists.mask_block_cnt.sum()) == 0
     (bq, bk), keys = lists.block_size, k.shape[2]
     k, v = (F.pad(x, (0, 0, 0, -keys % bk)) for x in (k, v))
@@ -100,6 +105,48 @@ def test_dense_calls_carry_no_lists(library):
     torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=0)
 
 
+def test_dense_causal_calls_take_grouped_heads(library):
+    q, k, v = torch.randn(1, 4, 50, 64).half(), *torch.randn(2, 1, 2, 50, 64).half()
+    out, lse = fa4.run(Call(q=q, k=k, v=v, scale=0.1, causal=True))
+    want, want_lse = attention(q, k, v, scale=0.1, causal=True, impl="reference")
+    torch.testing.assert_close(out, want, atol=2e-3, rtol=0)
+    torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_causal_lists_go_to_the_library_where_they_are_seen_whole(library, monkeypatch, ordered):
+    q, k, v = torch.randn(1, 4, 600, 64).half(), *torch.randn(2, 1, 2, 600, 64).half()
+    kept = torch.rand(1, 4, 5, 5) < 0.7
+    mask = BlockMask.from_dense(kept, block=(128, 128), num_queries=600, num_keys=600)
+    order = torch.stack([torch.cat([torch.arange(i, 600, 2) for i in (0, 1)])] * 2)
+    added = []
+
+    def add(call, lists, out, lse):
+        # What the interpreter's cases show of the kernel, by two calls of the reference.
+        slots = torch.arange(5)
+        places = (slots + lists.whole[..., None]).clamp(max=4).long()
+        part = replace(
+            lists.mask,
+            counts=lists.mask.counts - lists.whole,
+            indices=lists.mask.indices.gather(3, places),
+        )
+        more = reference.run(replace(call, mask=part))
+        merged, total = merge(out, lse, *more)
+        out.copy_(merged)
+        lse.copy_(total)
+        added.append(int(part.counts.sum()))
+
+    monkeypatch.setattr(fa4.triton_blocks, "causal_lists", causal.causal_lists)
+    monkeypatch.setattr(fa4.triton_blocks, "add_partial", add)
+    monkeypatch.setattr(fa4, "refuses", lambda call: None)
+    plan = AttentionPlan(mask=mask, order=order if ordered else None)
+    out, lse = attention(q, k, v, plan, causal=True, impl="fa4")
+    want, want_lse = attention(q, k, v, plan, causal=True, impl="reference")
+    torch.testing.assert_close(out, want, atol=2e-3, rtol=0)
+    torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=0)
+    assert 0 < added[0] < int(mask.counts.sum())
+
+
 def call(width=64, dtype=torch.float16, block=(128, 128), **options):
     """A call as on a GPU: only what `refuses` looks at."""
     q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 256, width))
@@ -130,7 +177,9 @@ def call(width=64, dtype=torch.float16, block=(128, 128), **options):
         ({"dtype": torch.float32}, (9, 0), "not torch.float32"),
         ({"width": 40}, (9, 0), "width"),
         ({"key_bias": torch.zeros(1, 256)}, (9, 0), "no key bias"),
-        ({"causal": True}, (9, 0), "causal"),
+        ({"causal": True, "mask": None}, (9, 0), None),
+        ({"causal": True}, (9, 0), None),
+        ({"causal": True, "block": (192, 128)}, (9, 0), "no such size for Triton"),
         ({"wants_gradient": True}, (9, 0), "backward"),
     ],
 )
@@ -138,5 +187,10 @@ def test_what_the_library_would_get_wrong_is_refused(
     library, monkeypatch, changes, capability, reason
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(
+        fa4.triton_blocks,
+        "refuses",
+        lambda call: "no such size for Triton" if call.mask.block[0] == 192 else None,
+    )
     given = fa4.refuses(call(**changes))
     assert (given is None) if reason is None else (reason in str(given))

@@ -1,11 +1,15 @@
 """The Triton kernels against their references; run by test_attention_triton.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tubelet.core.block_mask import BlockMask
 from tubelet.core.plan import AttentionPlan
-from tubelet.kernels.attention import attention, why_not
+from tubelet.kernels.attention import attention, causal, reference, triton_blocks, why_not
+from tubelet.kernels.attention.call import Call
+from tubelet.kernels.attention.order import for_heads
 
 
 def mask_of(num, keys, block, batch=2, heads=4) -> BlockMask:
@@ -102,7 +106,13 @@ CAUSAL = {
     "several tiles": ({"num": 200, "keys": 200}, (48, 96), {}),
     "shared lists": ({"num": 64, "keys": 64}, (16, 32), {"batch": 1, "heads": 1}),
     "half": ({"num": 49, "keys": 49, "dtype": torch.float16}, (32, 32), {}),
+    "long lists": ({"num": 600, "keys": 600}, (128, 16), {"batch": 1}),
 }
+
+
+@pytest.fixture
+def _short_chunks(monkeypatch):
+    monkeypatch.setattr(triton_blocks, "LISTED", 16)
 
 
 @pytest.mark.parametrize("order", [None, 1, 2])
@@ -114,6 +124,44 @@ def test_causal_lists_equal_the_reference(sizes, block, shared, order):
     if order is not None:
         places = torch.stack([torch.randperm(sizes["num"]) for _ in range(order)])
     compare(q, k, v, AttentionPlan(mask=mask, order=places), causal=True)
+
+
+@pytest.mark.parametrize("order", [None, 1, 2])
+@pytest.mark.parametrize(("sizes", "block", "shared"), CAUSAL.values(), ids=CAUSAL)
+@pytest.mark.usefixtures("_short_chunks")
+def test_causal_lists_are_those_of_plain_torch(sizes, block, shared, order):
+    q, k, v = inputs(**sizes)
+    num, mask = sizes["num"], mask_of(sizes["num"], sizes["keys"], block, **shared)
+    places = None
+    if order is not None:
+        rows = torch.stack([torch.randperm(num) for _ in range(order)])
+        places = for_heads(rows, 4).int()
+    call = Call(q=q, k=k, v=v, scale=1.0, causal=True, mask=mask, places=places)
+    found, want = triton_blocks.causal_lists(call), causal.causal_lists(call)
+    assert torch.equal(found.mask.counts, want.mask.counts.expand_as(found.mask.counts))
+    assert torch.equal(found.whole, want.whole)
+    assert torch.equal(found.places, want.places)
+    live = torch.arange(mask.grid[1]) < found.mask.counts[..., None]
+    assert torch.equal(found.mask.indices * live, want.mask.indices * live)
+
+
+@pytest.mark.parametrize("order", [None, 2])
+@pytest.mark.parametrize(("sizes", "block", "shared"), CAUSAL.values(), ids=CAUSAL)
+def test_blocks_seen_in_part_are_added_to_those_seen_whole(sizes, block, shared, order):
+    q, k, v = inputs(**sizes)
+    mask = mask_of(sizes["num"], sizes["keys"], block, **shared)
+    places = None if order is None else torch.stack([torch.randperm(sizes["num"])] * 4).int()
+    call = Call(q=q, k=k, v=v, scale=0.2, causal=True, mask=mask, places=places)
+    lists = triton_blocks.causal_lists(call)
+    whole = replace(call, causal=False, places=None, mask=replace(lists.mask, counts=lists.whole))
+    out, lse = reference.run(whole)
+    out, lse = out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+    triton_blocks.add_partial(call, lists, out, lse)
+    wide = replace(call, q=q.double(), k=k.double(), v=v.double())
+    want, want_lse = reference.run(wide)
+    atol = 1e-5 if q.dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(out.double(), want, atol=atol, rtol=0)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-6)
 
 
 def test_causal_lists_take_a_key_bias_and_padding():

@@ -20,9 +20,12 @@ from tubelet.nn.weights import (
 from tubelet.recipes import GumbelKeep
 from tubelet.train.clips import TEST_SEED, make_clips
 from tubelet.train.jobs import jobs
+from tubelet.train.questions import make_questions, packing
+from tubelet.train.questions.make import OBJECT_KINDS
 
 NAMES = (
     "tubelet-dit",
+    "tubelet-llm",
     "tubelet-vit",
     "tubelet-vit-elastic",
     "tubelet-vit-elastic-reducers",
@@ -132,3 +135,25 @@ def test_the_elastic_encoder_answers_with_half_of_its_tokens(elastic, task):
         assert accuracy(elastic, task, 32) >= 0.85
     report = handle.report().to_dict()
     assert report["tokens_per_layer"][-1] == 1 + 256
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """96 fresh clips of objects with up to eight questions each."""
+    return make_questions(96, FRESH, kinds=OBJECT_KINDS, background="static")
+
+
+@torch.inference_mode()
+def test_the_video_language_model_answers_fresh_questions(questions):
+    llm = load_weights("tubelet-llm")
+    pixels = (questions.pixels - PIXEL_MEAN) / PIXEL_STD
+    slots, there = packing.to_slots(questions), questions.kind >= 0
+    every = torch.arange(llm.num_video).expand(len(questions), -1)
+
+    def score(video: Tensor) -> float:
+        logits = packing.answers(llm, video, every, slots)[..., 0, :]
+        return float((logits.argmax(-1) == slots.wanted[..., 0])[there].float().mean())
+
+    video = llm.video_tokens(pixels)
+    assert score(video) > 0.93
+    assert score(video.roll(1, 0)) < 0.5

@@ -62,3 +62,13 @@ def test_VAR_finds_sinks_in_the_channels_in_which_the_first_token_is_hugest():
     context = sink_context(torch.full((1, 8), 0.1), sinks=[2, 5])
     assert VAR()._sinks(context).nonzero()[:, 0].tolist() == [2, 5]
     assert VAR(channels=1)._sinks(context).sum() == 0
+
+
+def test_VAR_judges_how_huge_a_channel_is_beside_the_token_s_others():
+    context = sink_context(torch.full((1, 8), 0.1), sinks=[2])
+    # As large in that channel as a sink, and nearly so in all others.
+    context.hidden[0, 4] = 150
+    context.hidden[0, 4, 500] = 200
+    context.hidden[0, 6] *= 1e-3
+    context.hidden[0, 6, 500] = 0.2
+    assert VAR()._sinks(context).nonzero()[:, 0].tolist() == [2, 6]

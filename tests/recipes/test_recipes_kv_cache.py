@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tubelet.core.context import Site
-from tubelet.core.errors import RecipeError
+from tubelet.core.errors import RecipeError, UnsupportedError
 from tubelet.core.kv import ReadContext, StoreContext, attention_rows
 from tubelet.recipes import DyCokeDecoding, TidalDecode, ZipCache
 
@@ -201,3 +202,29 @@ def test_DyCokeDecoding_starts_each_prompt_afresh():
 
 def test_DyCokeDecoding_has_nothing_to_say_without_a_video():
     assert DyCokeDecoding().read(read_context(3, weights_of((1,), (1,)), {})) is None
+
+
+def test_DyCokeDecoding_waits_for_the_device_in_its_first_step_only():
+    recipe, state = DyCokeDecoding(keep_ratio=0.5), {}
+    recipe.read(read_context(3, weights_of((5, 6, 7, 8), (5, 6, 7, 8)), state, VIDEO))
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            assert func._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero")
+            return func(*args, **(kwargs or {}))
+
+    later = read_context(3, weights_of((2, 3), (4, 5), num=13), state, VIDEO)
+    deeper = read_context(9, weights_of((2, 3), (4, 5), num=13), state, VIDEO)
+    with Waits():
+        found, again = recipe.read(later), recipe.read(deeper)
+    assert found is not None
+    assert found.tolist() == [[0, 1, 2, 3, 4, 5, 10, 11, 12]]
+    assert again is found
+
+
+def test_DyCokeDecoding_refuses_layers_that_hold_fewer_tokens():
+    recipe, state = DyCokeDecoding(keep_ratio=0.5), {}
+    recipe.read(read_context(3, weights_of((5, 6), (7, 8)), state, VIDEO))
+    shorter = read_context(20, weights_of((1, 2), (1, 2), num=9), state, [2, 3, 4])
+    with pytest.raises(UnsupportedError, match="layer 20 holds 9 where layer 3 holds 12"):
+        recipe.read(shorter)

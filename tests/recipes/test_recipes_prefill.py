@@ -17,6 +17,7 @@ from tubelet.core.plan import AttentionPlan
 from tubelet.core.prefill import PrefillContext
 from tubelet.core.recipe import SparsePrefill
 from tubelet.recipes import AShape, GridAttention, VerticalSlash
+from tubelet.recipes.prefill import attention_rows
 
 SIDE, WIDTH = 4, 64
 BLOCK = (16, 16)
@@ -319,6 +320,28 @@ def test_GridAttention_spaces_lines_as_each_video_says():
     assert error(plan, ctx) < 0.02
     seen = table(plan, ctx)[0]
     assert torch.equal(seen[:, line], torch.ones_like(seen).tril()[:, line])
+    # A line a row apart would hold it too, and cost four times as much.
+    text = int((ctx.video < 0).sum())
+    gathered = plan.order[0, text : text + int(line.sum())]
+    assert torch.equal(gathered, line.nonzero()[:, 0])
+
+
+def test_GridAttention_asks_no_text_where_a_video_is_short():
+    ctx = prompt((2,), heads=4, key_heads=2)
+    received = replace(GRID, rows=50)._received(ctx, 1)
+    assert received.shape == (ctx.num_tokens,)
+    # 32 tokens of video, two query heads: no row counts twice, and no text.
+    assert float(received.sum()) == pytest.approx(2 * 32, rel=1e-5)
+
+
+def test_the_rows_that_are_looked_at_are_a_causal_softmax():
+    ctx = replace(prompt((2,), heads=4, key_heads=2), scale=0.3)
+    ctx = replace(ctx, query=torch.randn_like(ctx.query), key=torch.randn_like(ctx.key))
+    queries = torch.tensor([50, 3, 17])
+    logits = 0.3 * ctx.query[0, 2:] @ ctx.key[0, 1].mT
+    every = torch.ones(ctx.num_tokens, ctx.num_tokens, dtype=torch.bool).tril()
+    wanted = logits.masked_fill(~every, -torch.inf).softmax(-1)[:, queries]
+    torch.testing.assert_close(attention_rows(ctx, queries, 1), wanted)
 
 
 def test_GridAttention_gives_each_key_head_its_line():

@@ -1,11 +1,16 @@
 """What the papers claim of prompt reductions that keep what is unlike the rest."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from prompt_contexts import kept, noise, prompt_context
 from torch import Tensor
 
+from tubelet.kernels.selection import TOOLS
+from tubelet.ops.tools import PlainTools
 from tubelet.recipes import DivPrune, VidCom2
+from tubelet.testing import catalogue_llm, tiny_llm
 
 
 def greedy_by_matrix(x: Tensor, k: int) -> list[int]:
@@ -34,6 +39,31 @@ def test_DivPrune_keeps_one_of_each_group_of_duplicates():
     tokens = groups.repeat(8, 1).reshape(2, 4, 4, -1)
     plan = DivPrune(keep_ratio=4 / 32).plan(prompt_context(tokens))
     assert sorted(place % 4 for place in kept(plan)) == [0, 1, 2, 3]
+
+
+class Recorded(PlainTools):
+    """Tools that remember what was asked of them."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, ...]] = []
+
+    def max_min(self, x: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
+        self.asked.append((*x.shape, k))
+        return super().max_min(x, k, weight)
+
+
+def test_DivPrune_leaves_its_loop_to_the_tools_of_the_device():
+    tools, tokens = Recorded(), noise(3)
+    plain = DivPrune(keep_ratio=0.25).plan(prompt_context(tokens))
+    found = DivPrune(keep_ratio=0.25).plan(replace(prompt_context(tokens), tools=tools))
+    assert tools.asked == [(1, 48, 16, 12)]
+    assert kept(found) == kept(plain)
+
+
+def test_DivPrune_is_shown_the_tools_by_the_model():
+    model, inputs = tiny_llm.build("llava_onevision"), tiny_llm.prompt("llava_onevision")
+    ((ctx, _),) = catalogue_llm.decisions(model, DivPrune(keep_ratio=0.25), inputs)
+    assert ctx.tools is TOOLS
 
 
 def unlike_last_frame() -> Tensor:

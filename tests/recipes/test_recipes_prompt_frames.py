@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tubelet.core.errors import ShapeError
 from tubelet.core.prompt import PromptContext
-from tubelet.recipes import F2C, LFTR, KFFocus, TSLLaVA
+from tubelet.recipes import F2C, FTFV, LFTR, KFFocus, TSLLaVA
 from tubelet.recipes.prompt_frames import FrameSelection
 
 
@@ -79,6 +79,14 @@ def test_LFTR_keeps_the_places_that_differ_from_those_around_them():
     assert kept(plan) == [1 * 4 + 2]
 
 
+def test_LFTR_looks_to_the_sides_too():
+    tokens = torch.ones(1, 4, 4, 8)
+    tokens[..., 0, :] = -1
+    plan = LFTR(keep_ratio=4 / 16).plan(prompt_context(tokens))
+    # A token at the edge has one neighbour, which differs; the next column shares a half.
+    assert kept(plan) == [0, 4, 8, 12]
+
+
 @pytest.mark.parametrize("keep_ratio", [0.01, 0.0625, 0.3, 0.99])
 def test_LFTR_keeps_exactly_its_budget_evenly(keep_ratio):
     plan = LFTR(keep_ratio=keep_ratio).plan(prompt_context(noise(5)))
@@ -139,6 +147,13 @@ def test_F2C_grows_the_frame_that_fits_the_question_into_a_clip():
     assert torch.allclose(plan.reduce(ctx.hidden)[0, 0], whole, atol=1e-6)
 
 
+def test_F2C_begins_a_clip_that_is_cut_short_with_its_anchor():
+    ctx = about_the_question([0.1, 0.2, 0.3, 0.9, 0.0, 0.2, 0.2, 0.8])
+    plan = F2C(keep_ratio=32 / 128, clip=5, box=1).plan(ctx)
+    assert plan is not None
+    assert sorted(set(frame_of(plan.anchor[0]))) == [2, 3]
+
+
 def test_F2C_takes_the_next_clip_outside_the_first():
     ctx = about_the_question([0.1, 0.2, 0.85, 0.9, 0.0, 0.2, 0.2, 0.8])
     plan = F2C(keep_ratio=24 / 128, clip=3, box=2).plan(ctx)
@@ -194,3 +209,31 @@ def test_F2C_takes_a_score_that_the_user_gives_and_checks_it():
 def test_F2C_needs_a_question():
     with pytest.raises(ShapeError, match="no text to compare"):
         F2C().plan(prompt_context(noise(4)))
+
+
+# FTFV
+
+
+def test_FTFV_keeps_as_many_tokens_of_every_frame_those_unlike_its_mean():
+    tokens = torch.ones(3, 2, 4, 8) + 0.01 * noise(3, 4, 8)[:, :2]
+    odd = [(0, 1, 2), (1, 0, 0), (2, 1, 3)]
+    for frame, row, column in odd:
+        tokens[frame, row, column, :4] = -1
+    plan = FTFV(keep_ratio=1 / 8).plan(prompt_context(tokens))
+    assert kept(plan) == [frame * 8 + row * 4 + column for frame, row, column in odd]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(FTFV):
+    def token_weight(self, ctx: PromptContext) -> Tensor:
+        return ctx.frames[..., 0]
+
+
+def test_FTFV_takes_a_sampler_that_the_user_trained_and_checks_it():
+    tokens = noise(4, 4)
+    plan = Trained(keep_ratio=0.25).plan(prompt_context(tokens))
+    best = tokens[..., 0].flatten(1).topk(4).indices.sort(1).values
+    assert kept(plan) == (best + 16 * torch.arange(4)[:, None]).flatten().tolist()
+    tokens[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ShapeError, match="token_weight must give"):
+        Trained(keep_ratio=0.25).plan(prompt_context(tokens))

@@ -115,6 +115,17 @@ def test_outlier_factor_is_that_of_the_definition(values, neighbours):
     assert torch.allclose(outlier_factor(x, neighbours), torch.tensor(wanted).double())
 
 
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(st.tuples(st.integers(-9, 9), st.booleans()), min_size=1, max_size=9), st.data())
+def test_outlier_factor_of_some_numbers_is_as_if_there_were_no_others(values, data):
+    neighbours = data.draw(st.integers(1, 9))
+    x = torch.tensor([[v for v, _ in values]] * 2, dtype=torch.float64)
+    among = torch.tensor([[own for _, own in values], [not own for _, own in values]])
+    found = outlier_factor(x, neighbours, among)
+    for row, own, result in zip(x, among, found, strict=True):
+        assert torch.allclose(result[own], outlier_factor(row[own], neighbours))
+
+
 def test_outlier_factor_of_few_or_equal_numbers_is_one():
     assert outlier_factor(torch.tensor([3.0]), 20).tolist() == [1.0]
     assert outlier_factor(torch.ones(9), 3).tolist() == [1.0] * 9
@@ -243,8 +254,10 @@ def test_RecoverableCompression_lets_centres_prefer_what_is_like_the_question():
 
 
 def test_RecoverableCompression_decides_each_frame_alone():
-    ctx, _ = scene(bright=[5, 40], asked=[17], frames=2)
-    both = reduced(RecoverableCompression().plan(ctx))
+    ctx, attention = scene(bright=[5, 20, 40], asked=[17], frames=2)
+    # Two centres in each frame, which share more tokens than they take.
+    attention.reshape(2, 64)[:, [11, 52]] = torch.tensor([1e-4, 2e-4])
+    both = reduced(RecoverableCompression(members=4).plan(ctx))
     for frame in range(2):
         part = slice(64 * frame, 64 * frame + 64)
         one = prompt_context(
@@ -252,6 +265,17 @@ def test_RecoverableCompression_decides_each_frame_alone():
             question=QUESTION,
             vision={key: value[:, part] for key, value in ctx.vision.items()},
         )
-        plan = reduced(RecoverableCompression().plan(one))
+        plan = reduced(RecoverableCompression(members=4).plan(one))
         mine = both.anchor[0][both.anchor[0] // 64 == frame] - 64 * frame
         assert mine.tolist() == plan.anchor[0].tolist()
+        assert torch.equal(both.weight[:, part], plan.weight)
+        assert torch.equal(
+            both.anchor[0][both.index[0, part]] - 64 * frame, plan.anchor[0][plan.index[0]]
+        )
+
+
+def test_RecoverableCompression_joins_nothing_where_no_centre_stands_out():
+    ctx, _ = scene(bright=[5, 40], asked=[17], frames=2)
+    plans = [reduced(RecoverableCompression(members=m).plan(ctx)) for m in (0, 32)]
+    assert torch.equal(plans[0].index, plans[1].index)
+    assert torch.equal(plans[0].weight, plans[1].weight)

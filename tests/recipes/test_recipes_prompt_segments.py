@@ -155,6 +155,20 @@ def test_FastVID_cuts_at_the_least_similar_transitions():
     assert cut.anchor.tolist() != whole.anchor.tolist()
 
 
+def test_FastVID_merges_no_token_into_an_anchor_of_another_segment():
+    # Nothing keeps the frames of noise apart but the cuts.
+    tokens = noise(9)
+    plan = FastVID(keep_ratio=5 / 16, segments=3, threshold=-1).plan(watched(tokens))
+    mean = tokens.flatten(1, 2).mean(1)
+    similar = F.cosine_similarity(mean[1:], mean[:-1], dim=-1)
+    starts = (similar.argsort()[:2] + 1).sort().values
+    segment = torch.searchsorted(starts, torch.arange(9), right=True).repeat_interleave(16)
+    assert plan is not None
+    live = plan.index[0] >= 0
+    assert torch.equal(segment[plan.anchor[0][plan.index[0, live]]], segment[live])
+    assert int((plan.size > 1).sum()) > 0
+
+
 @pytest.mark.parametrize("frames", [1, 3, 8, 11])
 @pytest.mark.parametrize("keep_ratio", [0.01, 0.1, 0.33, 0.75, 0.97])
 @pytest.mark.parametrize("merged", [0.0, 0.4, 1.0])

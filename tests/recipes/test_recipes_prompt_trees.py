@@ -9,7 +9,8 @@ from torch import Tensor
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.grid import TokenGrid
 from tubelet.models.accelerate import accelerate
-from tubelet.recipes import STTM, FastV, LLaVAScissor, RandomPrompt
+from tubelet.ops import cosine as cosine_parts
+from tubelet.recipes import STTM, FastV, LLaVAScissor, RandomPrompt, prompt_trees
 from tubelet.testing import tiny_llm
 
 
@@ -129,6 +130,20 @@ def test_STTM_leaves_the_first_row_and_column_of_odd_sides_without_partners():
     assert plan is not None
     # Sides 5 x 3, 3 x 2, 2 x 1 and 1 x 1: the largest squares are rows 0 and 1 to 4.
     assert plan.index[0].tolist() == [0] * 3 + [1] * 12
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 3), (1, 6), (7, 1), (6, 9)])
+def test_STTM_averages_the_tokens_of_each_box_of_its_quadtree(height, width):
+    video = torch.randn(2, height, width, 3, generator=torch.Generator().manual_seed(height))
+    boxes = prompt_trees._quadtree(
+        TokenGrid(frames=2, height=height, width=width), torch.device("cpu")
+    )
+    nodes, rows = prompt_trees._pyramid(video, len(boxes))
+    assert boxes[-1].unique().tolist() == [0]
+    for box, row in zip(boxes, rows, strict=True):
+        for number in box.unique().tolist():
+            wanted = video.flatten(1, 2)[:, box == number].mean(1)
+            torch.testing.assert_close(nodes[row[:, number]], wanted)
 
 
 def test_STTM_keeps_videos_of_one_prompt_apart():
@@ -261,3 +276,25 @@ def test_LLaVAScissor_is_the_same_each_time():
     plans = [LLaVAScissor().plan(prompt_context(tokens)) for _ in range(3)]
     assert plans[0] is not None
     assert all(torch.equal(plans[0].index, plan.index) for plan in plans[1:])
+
+
+def test_LLaVAScissor_links_the_components_of_neighbouring_frames():
+    tokens = torch.eye(4)[[0, 0, 1, 1, 2]].reshape(5, 1, 1, 4)
+    plan = LLaVAScissor().plan(prompt_context(tokens))
+    assert plan is not None
+    assert plan.index.tolist() == [[0, 0, 1, 1, 2]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_LLaVAScissor_does_not_depend_on_how_the_similarities_are_parted(seed, monkeypatch):
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randint(9, (4, 3, 4), generator=generator)
+    tokens = prompt_context(4 * torch.eye(16)[kinds] + 0.4 * noise(4, 4, seed=seed)[:, :3])
+    whole = LLaVAScissor(threshold=0.8).plan(tokens)
+    monkeypatch.setattr(prompt_trees, "ROWS", 3)
+    monkeypatch.setattr(cosine_parts, "PART", 4 * 12 * 5)
+    parted = LLaVAScissor(threshold=0.8).plan(tokens)
+    assert whole is not None
+    assert 4 < whole.num_out < 30
+    assert parted is not None
+    assert torch.equal(whole.index, parted.index)

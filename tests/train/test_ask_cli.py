@@ -8,7 +8,7 @@ import torch
 from tubelet.nn.video_llm import VideoLLM, VideoLLMConfig
 from tubelet.nn.video_tower import as_pictures
 from tubelet.nn.vit import VideoViT, VideoViTConfig
-from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD, load_weights, save_weights, shipped
+from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD, load_weights, save_weights
 from tubelet.train.questions import make_questions, words
 from tubelet.train.questions.make import OBJECT_KINDS
 from tubelet.video import normalise, read_clip
@@ -123,16 +123,6 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run, model, args, words):
     assert words in err
     assert err.count("\n") == 1, err
     assert text == ""
-
-
-@pytest.mark.skipif("tubelet-llm" in shipped(), reason="the weights are shipped")
-def test_without_weights_it_says_how_to_train_them(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, _, err = run("ask", "sample", QUESTION)
-    assert code == 2
-    assert "tubelet train video-llm --out out/llm" in err
-    assert "--model out/llm/tubelet-llm" in err
-    assert err.count("\n") == 1
 
 
 def test_clips_are_drawn_with_their_questions(run, tmp_path):

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from tubelet.cli.app import Json, app, console, print_json, progress_bar
 from tubelet.cli.clips import FPS
-from tubelet.core.errors import ModelError
 
 MODEL, SAMPLE = "tubelet-llm", "sample"
 ANSWER_TOKENS = 4
@@ -64,14 +63,14 @@ def _answers(
     from tubelet.bench.run import hush_transformers
     from tubelet.models.load import checked_device
     from tubelet.nn.video_tower import as_pictures
-    from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD
+    from tubelet.nn.weights import PIXEL_MEAN, PIXEL_STD, load_weights
     from tubelet.video import normalise
 
     variants = [(), *read_combinations(recipes)]
     place = checked_device(device)
     tell("loading the model", 0, 1)
     hush_transformers()
-    llm = _load(model, place)
+    llm = load_weights(model, expect="VideoLLM", device=place)
     refuse_early(llm.host, variants[1:])
     prompt = {name: x.to(place) for name, x in llm.prompts([question]).items()}
     tell("decoding the clip", 0, 1)
@@ -91,22 +90,6 @@ def _answers(
         rows.append({"variant": name_of(recipes_on), **row})
     told = {"clip": clip.source, "shows": shows, "question": question, "model": model}
     return told | {"answers": rows}
-
-
-def _load(name: str, device: Any) -> Any:
-    from tubelet.nn.weights import load_weights, shipped
-
-    missing = not any(os.path.isfile(path) for path in (name, name + ".safetensors"))
-    if name == MODEL and missing and name not in shipped():
-        from tubelet.train.jobs import job
-
-        minutes = job("video-llm").minutes
-        raise ModelError(
-            f"no weights of the video language model are here yet. Train them: tubelet train "
-            f"video-llm --out out/llm (about {minutes:g} minutes on one H200; with --quick "
-            f"--device cpu a toy), then ask with --model out/llm/{MODEL}"
-        )
-    return load_weights(name, expect="VideoLLM", device=device)
 
 
 def _open(source: str, llm: Any) -> tuple[Any, str]:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tubelet.cli.app import Json, app, console, print_json, progress_bar
+from tubelet.cli.options import read_numbers, read_shard, read_words
 from tubelet.core.errors import TubeletError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure quality against cost.")
@@ -53,13 +54,13 @@ def fidelity(
             model=model,
             small=None if small is None else tuple(small),
             trained=trained,
-            recipes=_words(recipes, ()),
-            tasks=_words(tasks, Request.tasks),
-            backgrounds=_words(backgrounds, Request.backgrounds),
-            keeps=_numbers(keep, Request.keeps, "--keep"),
+            recipes=read_words(recipes, ()),
+            tasks=read_words(tasks, Request.tasks),
+            backgrounds=read_words(backgrounds, Request.backgrounds),
+            keeps=read_numbers(keep, Request.keeps, "--keep"),
             clips=clips,
             device=device,
-            shard=_shard(shard),
+            shard=read_shard(shard),
             seed_name=seed_name,
             latency=latency,
             quick=quick,
@@ -131,7 +132,7 @@ def generation(
             curves=curves,
             dense_steps=dense_steps,
             device=device,
-            shard=_shard(shard),
+            shard=read_shard(shard),
             quick=quick,
             yes=yes,
         )
@@ -197,16 +198,16 @@ def attention(
             heads=heads,
             impls=tuple(impl or ()),
             blocks=Request.blocks if block is None else tuple(map(_block, block)),
-            densities=_numbers(density, Request.densities, "--density"),
+            densities=read_numbers(density, Request.densities, "--density"),
             recipes=tuple(recipe or ()),
             policy_density=policy_density,
             kernels=kernels,
             policies=policies,
-            fields=_words(inputs, Request.fields),
+            fields=read_words(inputs, Request.fields),
             repeats=repeats,
             device=device,
             seed=seed,
-            shard=_shard(shard),
+            shard=read_shard(shard),
             quick=quick,
         )
         with progress_bar(quiet=as_json) as tell:
@@ -270,126 +271,9 @@ def forward(
     console.print(f"wrote {out / 'forward.json'}", soft_wrap=True)
 
 
-@bench.command()
-def llm(
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Published video LLM with random weights, or a local folder; default: "
-            "qwen3-vl-8b, with --quick tiny-qwen3-vl."
-        ),
-    ] = None,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(help="Join with + to combine; default: all with --keep. Repeatable."),
-    ] = None,
-    keep: Annotated[
-        float, typer.Option(help="Of all recipes with a keep_ratio, where none is named.")
-    ] = 0.25,
-    grid: Annotated[
-        str | None, typer.Option(help="Video tokens, such as 64x16x16; default: the preset's.")
-    ] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="A video file to read, in place of rendered clips.")
-    ] = None,
-    question: Annotated[int, typer.Option(help="Words behind the video.")] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Answer tokens behind the first.")] = 32,
-    concurrency: Annotated[
-        str, typer.Option(help="Prompts answered together, comma-separated.")
-    ] = "1,8,32",
-    repeats: Annotated[
-        int | None, typer.Option(min=1, help="Timed runs, in turns with dense.")
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Keep only so many layers of a preset's LLM.")
-    ] = None,
-    vision_attention: Annotated[
-        str, typer.Option(help="Of Qwen's vision tower: packed, or the host's frame by frame.")
-    ] = "packed",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, clips and words.")] = 0,
-    shard: Annotated[str, typer.Option(help="i/n: run every n-th recipe, from the i-th.")] = "1/1",
-    quick: Annotated[bool, typer.Option(help="A smoke test of seconds.")] = False,
-    join: Annotated[
-        list[Path] | None, typer.Option(help="Join result files instead. Repeatable.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/llm"),
-    as_json: Json = False,
-) -> None:
-    """Video LLMs: time to the first token, decoding, throughput; bounds first, then measured."""
-    from tubelet.bench.llm.run import FILES, Request, join_files, run_llm
-    from tubelet.bench.llm.table import failures, rich_table
-
-    def announce(words: str) -> None:
-        if not as_json:
-            console.print(words, markup=False, highlight=False, soft_wrap=True)
-
-    if join:
-        runs = join_files(join, out)
-    else:
-        request = Request(
-            out=out,
-            preset=preset,
-            recipes=tuple(recipe or ()),
-            keep=keep,
-            grid=None if grid is None else _grid(grid),
-            clip=clip,
-            question=question,
-            new_tokens=new_tokens,
-            concurrencies=tuple(map(int, _numbers(concurrency, (), "--concurrency"))),
-            repeats=repeats,
-            layers=layers,
-            vision=vision_attention,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            shard=_shard(shard),
-            quick=quick,
-        )
-        with progress_bar(quiet=as_json) as tell:
-            runs = run_llm(request, tell, announce)
-    if as_json:
-        return print_json([run.to_dict() for run in runs])
-    for run in runs:
-        console.print(rich_table(run))
-        for name, why in failures(run):
-            console.print(f"not measured: {name}: {why}", markup=False, soft_wrap=True)
-        for note in run.notes:
-            console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
-    console.print(f"wrote {', '.join(str(out / name) for name in FILES)}", soft_wrap=True)
-
-
-def _grid(text: str) -> tuple[int, int, int]:
-    try:
-        frames, height, width = (int(word) for word in text.lower().split("x"))
-    except ValueError:
-        raise TubeletError(f"--grid takes sizes such as 64x16x16, got {text!r}") from None
-    return frames, height, width
-
-
 def _block(text: str) -> tuple[int, int]:
     try:
         rows, columns = (int(word) for word in text.lower().split("x"))
     except ValueError:
         raise TubeletError(f"--block takes sizes such as 128x64, got {text!r}") from None
     return rows, columns
-
-
-def _words(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    return default if text is None else tuple(w.strip() for w in text.split(",") if w.strip())
-
-
-def _numbers(text: str | None, default: tuple[float, ...], option: str) -> tuple[float, ...]:
-    try:
-        return default if text is None else tuple(float(w) for w in text.split(","))
-    except ValueError:
-        raise TubeletError(f"{option} takes numbers such as 0.5,0.25, got {text!r}") from None
-
-
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        part, parts = (int(word) for word in text.split("/"))
-    except ValueError:
-        raise TubeletError(f"--shard takes i/n such as 1/4, got {text!r}") from None
-    return part, parts

@@ -270,14 +270,16 @@ class TokenAssignment:
         return torch.arange(self.batch, device=self.index.device)[:, None] * stride
 
     def _weighted_sums(self, flat: Tensor) -> Tensor:
-        # One bag per output plus a last bag for dropped tokens, whose sum is thrown away.
+        # One bag per output. Dropped tokens go into as many more, whose sums are thrown away: in
+        # a single one they would be added up one after the other.
         bags = self.batch * self.num_out
-        slots = torch.where(
-            self.index < 0, bags, self.index + self._offsets(self.num_out)
-        ).flatten()
+        spares = max(bags, 1)
+        slots = (self.index + self._offsets(self.num_out)).flatten()
+        spare = bags + torch.arange(slots.numel(), device=slots.device) % spares
+        slots = torch.where(self.index.flatten() < 0, spare, slots)
         # 32-bit keys halve the passes of a radix sort.
         ranked, order = torch.sort(slots.int(), stable=True)
-        numbers = torch.arange(bags + 1, dtype=torch.int32, device=slots.device)
+        numbers = torch.arange(bags + spares, dtype=torch.int32, device=slots.device)
         starts = torch.searchsorted(ranked, numbers)
         dtype = torch.promote_types(flat.dtype, torch.float32)
         weight = self.weight.flatten()[order].to(dtype)

@@ -232,6 +232,10 @@ class BlockTools(Protocol):
         """True for entries no lower than the k-th highest of their row."""
         ...
 
+    def max_min(self, x: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
+        """True for `k` tokens that lie far apart, chosen one after the other."""
+        ...
+
     def mask(
         self, kept: Tensor, *, block: tuple[int, int], num_queries: int, num_keys: int
     ) -> BlockMask:

@@ -40,7 +40,7 @@ class StoreContext:
         """Tokens to decide on, n."""
         return self.queries.shape[1]
 
-    def rows(self, places: Sequence[int]) -> Float[Tensor, "h q n"]:
+    def rows(self, places: "Sequence[int] | Tensor") -> Float[Tensor, "h q n"]:
         """Attention of some of these tokens to all of these tokens, float32.
 
         Shares of a softmax over all keys up to the query, those stored before among them.
@@ -83,7 +83,7 @@ class ReadContext:
         return attention_rows(self.query, self.keys, self.scale, [0])[:, 0]
 
 
-def attention_rows(q: Tensor, k: Tensor, scale: float, places: Sequence[int]) -> Tensor:
+def attention_rows(q: Tensor, k: Tensor, scale: float, places: "Sequence[int] | Tensor") -> Tensor:
     """[H, len(places), m] float32 causal softmax rows of some queries.
 
     Args:

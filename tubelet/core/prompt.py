@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tubelet.core.context import Site
+from tubelet.core.context import BlockTools, Site
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.grid import TokenGrid
 
@@ -36,6 +36,7 @@ class PromptContext:
             timestamps, question); neither padding nor any video.
         num_question: How many of them stand behind the last video of the prompt.
         vision: What was asked of the vision tower, by (statistic, layer as the recipe wrote it).
+        tools: Operations that fit the device; None leaves them to plain torch.
     """
 
     site: Site
@@ -44,6 +45,7 @@ class PromptContext:
     text: Float[Tensor, "q c"]
     num_question: int = 0
     vision: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    tools: BlockTools | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -6,6 +6,7 @@ one by one from a cache or again with the whole prompt, so every way to generate
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,6 +140,10 @@ class PrefillRuntime:
         outs = [self._prompt(recipe, ctx) for ctx, _, _ in contexts]
         if all(out is None for out in outs):
             return host()
+        out, layout, num = outs[0], contexts[0][1], contexts[0][2]
+        if out is not None and len(outs) == 1 and layout.columns is None and q.shape[2] == num:
+            # A single prompt without padding needs no copies, which would take gigabytes.
+            return out.transpose(1, 2).contiguous(), None
         result = q.new_zeros(*q.shape[:3], v.shape[3])
         for row, (out, (ctx, layout, num)) in enumerate(zip(outs, contexts, strict=True)):
             filled = _dense(ctx) if out is None else out
@@ -237,7 +242,11 @@ def _dense(ctx: PrefillContext) -> Tensor:
 
 def _shares(mask: BlockMask) -> Tensor:
     """[H] blocks that each head computes, of those that dense causal attention would."""
-    bq, bk = mask.block
-    ends = (min((row + 1) * bq, mask.num_queries) for row in range(mask.grid[0]))
-    dense = sum(-(-end // bk) for end in ends)
+    dense = _triangle(mask.block, mask.num_queries)
     return mask.counts.float().sum(2).mean(0) / dense
+
+
+@lru_cache(maxsize=64)
+def _triangle(block: tuple[int, int], num: int) -> int:
+    """Block pairs of dense causal attention over `num` tokens."""
+    return sum(-(-min(end, num) // block[1]) for end in range(block[0], num + block[0], block[0]))

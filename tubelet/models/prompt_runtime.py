@@ -20,6 +20,7 @@ from tubelet.core.errors import ShapeError, UnsupportedError
 from tubelet.core.handle import Handle
 from tubelet.core.prompt import PromptContext
 from tubelet.core.recipe import LayerReduction, PromptReduction
+from tubelet.kernels.selection import TOOLS
 from tubelet.models.layer_runtime import Cut, LayerRuntime
 from tubelet.models.prompt import (
     Prompt,
@@ -347,6 +348,7 @@ class PromptRuntime:
             text=embed(whole.ids[row][others]),
             num_question=int(others[last:].sum()),
             vision=vision,
+            tools=TOOLS,
         )
 
     def _positions(self, whole: Prompt, inputs: Mapping[str, Any]) -> Tensor:

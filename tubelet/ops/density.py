@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tubelet.ops.cosine import products
 from tubelet.ops.score import rank_of
 
 
@@ -37,10 +38,12 @@ def density_peaks(
     """
     batch, num = x.shape[:2]
     own = torch.arange(num, device=x.device)
+    # A single table is computed once.
+    tables = list(_distances(x, chunk, valid)) if num <= chunk else None
     density = torch.ones(batch, num, device=x.device)
     if num > 1:
         parts = []
-        for start, distance in _distances(x, chunk, valid):
+        for start, distance in tables or _distances(x, chunk, valid):
             rows = own[: distance.shape[1]]
             distance[:, rows, start + rows] = torch.inf
             nearest = distance.topk(min(neighbours, num - 1), dim=2, largest=False).values
@@ -51,7 +54,7 @@ def density_peaks(
     if valid is not None:
         density = density.masked_fill(~valid, -1)
     largest, gaps = torch.zeros(batch, device=x.device), []
-    for start, distance in _distances(x, chunk, valid):
+    for start, distance in tables or _distances(x, chunk, valid):
         rows = start + own[: distance.shape[1], None]
         mine = density[:, rows[:, 0], None]
         denser = (density[:, None] > mine) | ((density[:, None] == mine) & (own < rows))
@@ -95,7 +98,15 @@ def density_clusters(
 def _distances(x: Tensor, chunk: int, valid: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
     """First row and [B, rows, N] distances of some rows after the other, infinite to what is not
     valid."""
-    wide = x.float() * x.shape[-1] ** -0.5
+    scale = x.shape[-1] ** -0.5
+    halved = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    wide = x if halved else x.float() * scale
+    square = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square() if halved else None
     for start in range(0, x.shape[1], chunk):
-        distance = torch.cdist(wide[:, start : start + chunk], wide)
+        part = wide[:, start : start + chunk]
+        if square is None:
+            distance = torch.cdist(part, wide)
+        else:
+            sums = square[:, start : start + chunk, None] + square[:, None]
+            distance = (sums - 2 * products(part, wide)).clamp(min=0).sqrt() * scale
         yield start, distance if valid is None else distance.masked_fill(~valid[:, None], torch.inf)

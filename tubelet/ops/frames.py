@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.errors import ShapeError
+from tubelet.ops.cosine import cosine
 
 
 def evenly_spaced(
@@ -87,4 +88,4 @@ def likeness_to_text(
     if not len(text):
         raise ShapeError("the prompt holds no text to compare its video with; ask a question")
     direction = F.normalize(text.float(), dim=-1).mean(0)
-    return F.cosine_similarity(x.float(), direction, dim=-1)
+    return cosine(x, direction)

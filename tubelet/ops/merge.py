@@ -10,6 +10,7 @@ from torch import Tensor
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.errors import ShapeError
 from tubelet.core.grid import TokenGrid
+from tubelet.ops.cosine import cosines
 from tubelet.ops.select import kept_positions
 
 
@@ -67,9 +68,8 @@ def bipartite_match(
 
 def nearest_anchor(x: Float[Tensor, "b n d"], kept: Int[Tensor, "b k"]) -> Int[Tensor, "b n"]:
     """Position of the most similar kept token (cosine) for every token; kept ones keep theirs."""
-    unit = F.normalize(x.float(), dim=-1)
-    anchors = unit.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
-    nearest = (unit @ anchors.transpose(1, 2)).argmax(-1)
+    anchors = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+    nearest = torch.cat([part.argmax(-1) for _, part in cosines(x, anchors)], 1)
     target = kept.gather(1, nearest)
     return target.scatter(1, kept, kept)
 

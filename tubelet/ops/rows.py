@@ -1,6 +1,6 @@
-"""Dense attention of a few sampled query rows, to measure what a block mask would lose."""
+"""Dense attention of a few query rows: what a block mask would lose, what a question looks at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,15 @@ def sampled_rows(
         return torch.arange(num, device=device)
     place = torch.arange(rows, device=device) + white_noise(rows, seed, device)
     return (place * (num / rows)).long().clamp(max=num - 1)
+
+
+def row_parts(
+    rows: Callable[..., Tensor], queries: Sequence[int], softmax: bool = True, most: int = 16
+) -> Iterator[Float[Tensor, "h q n"]]:
+    """`LayerStatistics.rows` of up to `most` queries at a time, so that a long question needs no
+    more memory than a short one."""
+    for start in range(0, len(queries), most):
+        yield rows(queries[start : start + most], softmax)
 
 
 def mask_errors(

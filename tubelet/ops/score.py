@@ -1,11 +1,11 @@
 """Scores: how important, different or salient each token is."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tubelet.core.errors import ShapeError
+from tubelet.ops.cosine import cosine
 
 
 def tubelet_frames(
@@ -56,7 +56,7 @@ def embedding_difference(
     x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"]
 ) -> Float[Tensor, "*batch"]:
     """Cosine distance 1 - cos(x, y), in [0, 2]. A zero vector is at distance 1 from all."""
-    return (1 - F.cosine_similarity(x.float(), y.float(), dim=-1)).clamp(0, 2)
+    return (1 - cosine(x, y)).clamp(0, 2)
 
 
 def class_attention(

@@ -1,12 +1,14 @@
 """Selections: from scores and a budget to the tokens that stay."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tubelet.core.errors import ShapeError
+from tubelet.ops.cosine import cosines
 from tubelet.ops.score import rank_of
 
 
@@ -246,8 +248,8 @@ def apportion(
 def max_min(
     x: Float[Tensor, "b n d"],
     k: int,
-    chunk: int = 1024,
     weight: Float[Tensor, "b n"] | None = None,
+    chunk: int | None = None,
 ) -> Bool[Tensor, "b n"]:
     """Greedy choice of `k` vectors that lie far apart, by cosine distance.
 
@@ -257,8 +259,9 @@ def max_min(
     Args:
         x: Vectors of any length.
         k: How many, in [1, n].
-        chunk: Rows of the distances that exist at once, while the first is sought.
         weight: Factor >= 0 on the distances of each vector that is not chosen yet; None for 1.
+        chunk: Rows of the distances that exist at once, while the first is sought; None for a
+            number that bounds their memory.
 
     Returns:
         True where chosen, `k` per row.
@@ -267,13 +270,14 @@ def max_min(
         ShapeError: `k` is outside [1, n].
 
     Notes:
-        O(k n d) time and O(chunk n) memory; no n x n matrix.
+        O(k n d) time and O(n) memory; no n x n matrix. About six launches for each vector
+        chosen: where k is large, ask the tools of the context, which may have a kernel.
     """
     batch, num = x.shape[:2]
     if not 1 <= k <= num:
         raise ShapeError(f"max_min keeps between 1 and {num} vectors, got {k}")
+    nearest = torch.cat([part.amin(2) for _, part in other_distances(x, chunk)], 1)
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    nearest = torch.cat([_nearest(unit, s, min(s + chunk, num)) for s in range(0, num, chunk)], 1)
     chosen = torch.zeros(batch, num, dtype=torch.bool, device=x.device)
     gap = torch.full((batch, num), torch.inf, device=x.device)
     factor = 1.0 if weight is None else weight
@@ -286,9 +290,12 @@ def max_min(
     return chosen
 
 
-def _nearest(unit: Tensor, start: int, end: int) -> Tensor:
-    """[B, end - start] cosine distance of some unit vectors to their nearest other one."""
-    similar = unit[:, start:end] @ unit.transpose(1, 2)
-    own = torch.arange(start, end, device=unit.device)
-    similar[:, own - start, own] = -torch.inf
-    return 1 - similar.amax(2)
+def other_distances(
+    x: Float[Tensor, "b n d"], chunk: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """First row and [B, rows, N] cosine distances of some vectors; infinite to themselves."""
+    for start, cosine in cosines(x, x, chunk):
+        distance = 1 - cosine
+        rows = torch.arange(distance.shape[1], device=x.device)
+        distance[:, rows, start + rows] = torch.inf
+        yield start, distance

@@ -71,6 +71,12 @@ class PlainTools:
         """See `tubelet.ops.select.at_least`."""
         return select.at_least(score, k)
 
+    def max_min(
+        self, x: Float[Tensor, "b n d"], k: int, weight: Float[Tensor, "b n"] | None = None
+    ) -> Bool[Tensor, "b n"]:
+        """See `tubelet.ops.select.max_min`."""
+        return select.max_min(x, k, weight)
+
     def mask(
         self,
         kept: Bool[Tensor, "b h mq mk"],

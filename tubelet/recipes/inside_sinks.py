@@ -10,6 +10,7 @@ from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site
 from tubelet.core.prompt import LayerContext
 from tubelet.core.recipe import LayerReduction, Paper, param
+from tubelet.ops.cosine import inverse_length
 from tubelet.ops.merge import drop
 from tubelet.ops.select import budget, top_k
 
@@ -52,9 +53,11 @@ class VAR(LayerReduction):
 
     def _sinks(self, ctx: LayerContext) -> Tensor:
         """[N] True at sinks."""
-        first, video = _normalised(ctx.text[0]), _normalised(ctx.hidden[0])
-        channels = first.abs().topk(min(self.channels, len(first))).indices
-        return video[:, channels].abs().amax(1) > self.hugeness
+        first, video = ctx.text[0].float().abs(), ctx.hidden[0]
+        channels = first.topk(min(self.channels, len(first))).indices
+        # Magnitudes of vectors whose root mean square is one.
+        hugest = video[:, channels].float().abs().amax(1)
+        return hugest * inverse_length(video) * video.shape[1] ** 0.5 > self.hugeness
 
     def _redistributed(self, rows: Tensor, sinks: Tensor) -> Tensor:
         """[H, N] attention to video tokens with what sinks give away."""
@@ -65,9 +68,3 @@ class VAR(LayerReduction):
         others = (on_video - on_sinks).clamp(min=torch.finfo(rows.dtype).tiny)
         moved = torch.where(sinks, rows * self.left, rows * (1 + freed / others))
         return torch.where(gives, moved, rows)
-
-
-def _normalised(x: Tensor) -> Tensor:
-    """`x` [..., C] divided by its root mean square."""
-    wide = x.float()
-    return wide * wide.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()

@@ -11,8 +11,10 @@ from tubelet.core.context import Site
 from tubelet.core.errors import RecipeError
 from tubelet.core.prompt import LayerContext
 from tubelet.core.recipe import LayerReduction, Paper, param
+from tubelet.ops.cosine import products
 from tubelet.ops.density import density_peaks
 from tubelet.ops.merge import drop
+from tubelet.ops.rows import row_parts
 from tubelet.ops.select import budget, kept_positions, top_k
 
 
@@ -66,7 +68,8 @@ class SparseVLM(LayerReduction):
         stats = ctx.statistics()
         behind = stats.question() or [-1]
         raters = [behind[i] for i in _raters(ctx, len(behind))]
-        score = stats.rows(raters, softmax=False).mean((0, 1))
+        logits = [part.mean(0).sum(0) for part in row_parts(stats.rows, raters, softmax=False)]
+        score = torch.stack(logits).sum(0) / len(raters)
         kept = top_k(score[None], num)
         extra = int((ctx.num_tokens - num) * self.recycled)
         if extra == 0:
@@ -114,7 +117,8 @@ class MustDrop(LayerReduction):
 
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:
         stats = ctx.statistics()
-        words = stats.rows(stats.question() or [-1]).mean(0)
+        parts = row_parts(stats.rows, stats.question() or [-1])
+        words = torch.cat([part.mean(0) for part in parts])
         total = words.sum(0)
         gone = (total < self.share * total.sum()) & (words.amax(0) < self.single)
         saliency = ctx.statistic(self.saliency, -1)
@@ -127,7 +131,7 @@ def _raters(ctx: LayerContext, num: int) -> list[int]:
     """Which of the last `num` words the video is about."""
     video = ctx.hidden if ctx.embeds is None else ctx.embeds
     text = ctx.text if ctx.text_embeds is None else ctx.text_embeds
-    share = (video[0].float() @ text[-num:].float().T).softmax(1).mean(0)
+    share = products(video, text[None, -num:])[0].softmax(1).mean(0)
     raters = (share > share.mean()).nonzero()[:, 0].tolist()
     return raters or list(range(num))
 

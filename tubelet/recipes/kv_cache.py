@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tubelet.core.context import Site
-from tubelet.core.errors import RecipeError
+from tubelet.core.errors import RecipeError, UnsupportedError
 from tubelet.core.kv import BITS, ReadContext, StoreContext
 from tubelet.core.recipe import KVReads, KVStorage, Paper, param
 from tubelet.ops.score import rank_of, white_noise
@@ -28,7 +28,9 @@ class ZipCache(KVStorage):
     channel by channel, values token by token behind a division of each channel by the square root
     of its largest magnitude. New tokens are kept as they came until there are `every` of them.
     The cache is restored to its dtype at each step, layer by layer, so steps are not faster; the
-    authors fuse that with attention.
+    authors fuse that with attention. The samples' attention is computed once more in every layer,
+    in float32 by plain operations: a tenth of the prompt's queries, more than a fused prefill
+    can hide.
     Not settled: whether the authors decide again on tokens that are stored already; not here.
     """
 
@@ -59,7 +61,7 @@ class ZipCache(KVStorage):
         samples = self._samples(ctx.num_tokens, ctx.queries.device)
         received = torch.zeros(ctx.num_tokens, device=samples.device)
         for part in samples.split(_ROWS):
-            received += ctx.rows(part.tolist()).mean(0).sum(0)
+            received += ctx.rows(part).mean(0).sum(0)
         places = torch.arange(ctx.num_tokens, device=samples.device)
         # The last token is a sample, so every token is seen by one.
         seen = len(samples) - torch.searchsorted(samples, places)
@@ -143,14 +145,33 @@ class DyCokeDecoding(KVReads):
         return super().acts_on(site) and site.layer >= self.layer
 
     def read(self, ctx: ReadContext) -> Tensor | None:
-        if self.keep_ratio == 1 or not bool(ctx.video.any()):
+        if self.keep_ratio == 1:
             return None
         if ctx.site.layer == self.layer:
-            seen = ctx.attention().mean(0)[ctx.video]
-            before = ctx.state.get("seen")
-            if before is None or float(F.cosine_similarity(seen, before, dim=0)) < self.likeness:
-                ctx.state["kept"] = top_k(seen, budget(len(seen), self.keep_ratio))
-            ctx.state["seen"] = seen
-        read = ~ctx.video
-        read[ctx.video] = ctx.state["kept"]
-        return read.nonzero()[:, 0][None]
+            self._choose(ctx)
+        if ctx.state["read_of"] != ctx.num_tokens:
+            raise UnsupportedError(
+                f"{self.name} needs all layers from {self.layer} on to hold the same tokens, but "
+                f"layer {ctx.site.layer} holds {ctx.num_tokens} where layer {self.layer} holds "
+                f"{ctx.state['read_of']}; use it without recipes that shorten deeper layers"
+            )
+        return ctx.state["read"]
+
+    def _choose(self, ctx: ReadContext) -> None:
+        """What all layers read in this step. Only the first step waits for the device."""
+        state = ctx.state
+        if "video" not in state:
+            state["video"] = ctx.video.nonzero()[:, 0]
+        video, state["read_of"], state["read"] = state["video"], ctx.num_tokens, None
+        if not len(video):
+            return
+        num = budget(len(video), self.keep_ratio)
+        seen = ctx.attention().mean(0)[video]
+        kept = top_k(seen, num)
+        if "seen" in state:
+            alike = F.cosine_similarity(seen, state["seen"], dim=0) >= self.likeness
+            kept = torch.where(alike, state["kept"], kept)
+        state["seen"], state["kept"] = seen, kept
+        read = torch.ones(1, ctx.num_tokens, dtype=torch.bool, device=seen.device)
+        read[0, video] = kept
+        state["read"] = kept_positions(read, ctx.num_tokens - len(video) + num)

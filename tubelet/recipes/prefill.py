@@ -83,6 +83,15 @@ def _spans(order: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return first.amin(2), last.amax(2)
 
 
+def _sorted(kind: Tensor, kinds: int) -> Tensor:
+    """[G, N] places in the order of their kind [G, N] below `kinds`, earlier ones first."""
+    groups, num = kind.shape
+    # One sort of short numbers for all rows: rows on their own are sorted one after another.
+    row = torch.arange(groups, device=kind.device)[:, None]
+    order = torch.argsort((kind + kinds * row).to(torch.int16).flatten(), stable=True)
+    return order.view(groups, num) - num * row
+
+
 def _any_in_blocks(held: Tensor, block: int) -> Tensor:
     """[G, M] whether any token of a block is held, from [G, N] tokens in order."""
     return F.pad(held, (0, -held.shape[1] % block)).unflatten(1, (-1, block)).any(2)
@@ -91,10 +100,14 @@ def _any_in_blocks(held: Tensor, block: int) -> Tensor:
 def attention_rows(ctx: PrefillContext, queries: Tensor, group: int) -> Tensor:
     """Attention of some queries, for the query heads of one key head, [H / G, R, N] float32."""
     heads = slice(group * ctx.groups, (group + 1) * ctx.groups)
-    rows = ctx.query[0, heads].index_select(1, queries)
-    logits = (rows @ ctx.key[0, group].mT).float() * ctx.scale
+    rows = ctx.query[0, heads].index_select(1, queries).flatten(0, 1)
+    # Logits of a long prompt are hundreds of megabytes: as few passes over them as can be.
+    logits = torch.addmm(
+        rows.new_zeros(()), rows, ctx.key[0, group].mT, beta=0, alpha=ctx.scale
+    ).unflatten(0, (-1, len(queries)))
     places = torch.arange(ctx.num_tokens, device=queries.device)
-    return logits.masked_fill(places > queries[:, None], -torch.inf).softmax(-1)
+    logits.masked_fill_(places > queries[:, None], -torch.inf)
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +176,7 @@ class VerticalSlash(BlockPrefill):
         if max(self.vertical, self.slash) >= ctx.num_tokens:
             return AttentionPlan()
         found = [self._search(ctx, group) for group in range(ctx.key.shape[1])]
-        order = torch.argsort(torch.stack([~columns for columns, _ in found]), dim=1, stable=True)
+        order = _sorted(torch.stack([~columns for columns, _ in found]).long(), 2)
         blocks = Arranged.of(ctx, self.block, order)
         tables = [self._diagonals(blocks, group, kept) for group, (_, kept) in enumerate(found)]
         table = torch.cat(tables)
@@ -238,7 +251,7 @@ class GridAttention(BlockPrefill):
         text = (ctx.video < 0) & (self.boundary != "none")
         line = self._lines(ctx) & ~text
         kind = torch.where(line, 1, 2).masked_fill(text, 0)
-        order = torch.argsort(kind, dim=1, stable=True)
+        order = _sorted(kind, 3)
         blocks = Arranged.of(ctx, self.block, order)
         held = kind.gather(1, order)
         seeing = _any_in_blocks(held < 2, self.block[0])
@@ -248,13 +261,19 @@ class GridAttention(BlockPrefill):
 
     def _lines(self, ctx: PrefillContext) -> Tensor:
         """[G, N] tokens on the line of each key head."""
-        places = torch.arange(ctx.num_tokens, device=ctx.query.device)
-        counted, video = torch.ones_like(places, dtype=torch.bool), torch.zeros_like(places)
+        places, grids = torch.arange(ctx.num_tokens, device=ctx.query.device), ctx.grids[:1]
+        counted = torch.ones_like(places, dtype=torch.bool)
         if self.boundary == "both":
-            places, counted, video = ctx.place, ctx.video >= 0, ctx.video.clamp(min=0)
-        spacings = torch.tensor([(g.width, g.per_frame) for g in ctx.grids], device=places.device)
-        phases = [places % spacing for spacing in spacings[video].T]
-        sizes = [max(g.width for g in ctx.grids), max(g.per_frame for g in ctx.grids)]
+            places, counted, grids = ctx.place, ctx.video >= 0, ctx.grids
+        spacings = [(g.width, g.per_frame) for g in grids]
+        phases = [places % spacing for spacing in spacings[0]]
+        for number, own in enumerate(spacings[1:], 1):
+            inside = ctx.video == number
+            phases = [
+                torch.where(inside, places % spacing, phase)
+                for spacing, phase in zip(own, phases, strict=True)
+            ]
+        sizes = [max(width for width, _ in spacings), max(frame for _, frame in spacings)]
         mass = torch.stack([self._received(ctx, g) for g in range(ctx.key.shape[1])]) * counted
         # What the line would get if all counted tokens got the same.
         extra = mass - mass.sum(1, keepdim=True) * counted / counted.sum().clamp(min=1)
@@ -274,4 +293,4 @@ class GridAttention(BlockPrefill):
             places = places.masked_fill(ctx.video < 0, -1)
         queries = places.topk(min(self.rows, len(places))).values
         rows = attention_rows(ctx, queries.clamp(min=0), group)
-        return (rows.sum(0) * (queries >= 0)[:, None]).sum(0)
+        return rows.flatten(0, 1).mT @ (queries >= 0).to(rows.dtype).repeat(ctx.groups)

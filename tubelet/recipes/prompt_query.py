@@ -48,7 +48,7 @@ class FreeVideoLLM(PromptReduction):
     def plan(self, ctx: PromptContext) -> TokenAssignment | None:
         grid, device = ctx.grid, ctx.hidden.device
         score = likeness_to_text(ctx.frames, ctx.question)
-        whole = likeness_to_text(ctx.frames.float().mean(1), ctx.question)
+        whole = likeness_to_text(ctx.frames.mean(1, dtype=torch.float32), ctx.question)
         path = self._paths(whole)
         start = torch.arange(grid.frames, device=device)[:, None] * grid.per_frame
         label = torch.full((grid.frames, grid.per_frame), -1, device=device)
@@ -140,55 +140,49 @@ class RecoverableCompression(PromptReduction):
         attention = ctx.statistic("class", self.layer)[0].unflatten(0, shape)
         keys = ctx.statistic("keys", self.layer)[0].unflatten(0, shape)
         likeness = likeness_to_text(ctx.frames, ctx.question)
-        parts = [self._frame(*frame) for frame in zip(attention, likeness, keys, strict=True)]
-        index = torch.cat([target + t * shape[1] for t, (target, _) in enumerate(parts)])
-        weight = torch.cat([weight for _, weight in parts])
-        return _sums(index, weight)
-
-    def _frame(self, attention: Tensor, likeness: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Place that each token [P] of a frame is added to, and its weight there."""
-        own = torch.arange(len(attention), device=attention.device)
-        everything = torch.ones_like(own, dtype=torch.bool)
+        everything = torch.ones_like(attention, dtype=torch.bool)
         kept = self._standing_out(attention, everything)
         kept = kept | self._standing_out(likeness, ~kept)
         centre = self._standing_out(attention, ~kept)
-        target, weight = own.clone(), torch.ones_like(attention)
-        loose = ~kept & ~centre
-        if bool(centre.any()):
-            nearest, near = self._nearest(centre, keys, likeness)
-            joins = loose & _best_of_each(nearest, near, loose, self.members)
-            target = torch.where(joins, nearest, target)
-            weight = torch.where(joins, attention, weight)
-            loose = loose & ~joins
-        if bool(loose.any()):
-            last = attention.masked_fill(~loose, -torch.inf).argmax()
-            share = attention / attention[loose].sum().clamp(min=torch.finfo(torch.float32).tiny)
-            target, weight = torch.where(loose, last, target), torch.where(loose, share, weight)
-        return target, weight
+        start = torch.arange(shape[0], device=keys.device)[:, None] * shape[1]
+        target = start + torch.arange(shape[1], device=keys.device)
+        weight, loose = torch.ones_like(attention), ~kept & ~centre
+        nearest, near = self._nearest(centre, keys, likeness)
+        joins = _best_of_each(
+            (start + nearest).flatten(), near.flatten(), loose.flatten(), self.members
+        )
+        joins = joins.view_as(loose) & loose & centre.any(1, keepdim=True)
+        target = torch.where(joins, start + nearest, target)
+        weight = torch.where(joins, attention, weight)
+        loose = loose & ~joins
+        last = attention.masked_fill(~loose, -torch.inf).argmax(1, keepdim=True)
+        total = (attention * loose).sum(1, keepdim=True)
+        share = attention / total.clamp(min=torch.finfo(torch.float32).tiny)
+        target = torch.where(loose, start + last, target)
+        return _sums(target.flatten(), torch.where(loose, share, weight).flatten())
 
     def _standing_out(self, score: Tensor, among: Tensor) -> Tensor:
-        """[P] the highest of some tokens' scores, as many as are outliers among them."""
-        picked = score[among]
-        count = int((outlier_factor(picked, self.neighbours) > self.threshold).sum())
+        """[T, P] the highest of some of each frame's scores, as many as are outliers among them."""
+        outliers = outlier_factor(score, self.neighbours, among) > self.threshold
         order = score.masked_fill(~among, -torch.inf)
-        return rank_of(order) < count
+        return rank_of(order) < (outliers & among).sum(1, keepdim=True)
 
     def _nearest(self, centre: Tensor, keys: Tensor, likeness: Tensor) -> tuple[Tensor, Tensor]:
-        """[P] nearest centre of each token, and how near it is."""
+        """[T, P] nearest centre in its frame of each token, and how near it is."""
         unit = F.normalize(keys, dim=-1)
-        near = unit @ unit.T + self.text_weight * likeness[:, None]
-        best = near.masked_fill(~centre, -torch.inf).max(1)
+        near = unit @ unit.mT + self.text_weight * likeness[..., None]
+        best = near.masked_fill(~centre[:, None], -torch.inf).max(2)
         return best.indices, best.values
 
 
 def _best_of_each(group: Tensor, score: Tensor, among: Tensor, most: int) -> Tensor:
-    """[P] bool, the up to `most` highest scores of each group among some tokens."""
+    """[N] bool, the up to `most` highest scores of each group among some tokens."""
     order = torch.argsort(score.masked_fill(~among, -torch.inf), descending=True, stable=True)
     order = order[torch.argsort(group[order], stable=True)]
-    sizes = group.bincount(minlength=len(group))
+    sizes = torch.zeros_like(group).scatter_add(0, group, torch.ones_like(group))
     before = sizes.cumsum(0) - sizes
-    place = torch.empty_like(group)
-    place[order] = torch.arange(len(group), device=group.device) - before[group[order]]
+    every = torch.arange(len(group), device=group.device)
+    place = torch.zeros_like(group).scatter(0, order, every - before[group[order]])
     return place < most
 
 
@@ -204,12 +198,13 @@ def _sums(target: Tensor, weight: Tensor) -> TokenAssignment:
     )
 
 
-def outlier_factor(x: Tensor, neighbours: int) -> Tensor:
-    """Local outlier factor of numbers [N]: about 1 inside a cluster, more outside.
+def outlier_factor(x: Tensor, neighbours: int, among: Tensor | None = None) -> Tensor:
+    """Local outlier factor of numbers [..., N]: about 1 inside a cluster, more outside.
 
     Args:
-        x: Finite numbers.
-        neighbours: That a density is taken over, at most N - 1 are used.
+        x: Finite numbers; those of a row are compared.
+        neighbours: That a density is taken over; of n numbers at most n - 1 are used.
+        among: Which numbers take part, [..., N] bool; None for all. The others get any factor.
 
     Raises:
         ShapeError: `neighbours` is below 1.
@@ -219,13 +214,26 @@ def outlier_factor(x: Tensor, neighbours: int) -> Tensor:
     """
     if neighbours < 1:
         raise ShapeError(f"an outlier factor needs at least one neighbour, got {neighbours}")
-    k = min(neighbours, len(x) - 1)
+    k = min(neighbours, x.shape[-1] - 1)
     if k < 1:
         return torch.ones_like(x)
-    distance = (x[:, None] - x).abs().double().fill_diagonal_(torch.inf)
-    near, who = distance.sort(dim=1, stable=True)
-    near, who = near[:, :k], who[:, :k]
-    reach = torch.maximum(near, near[:, -1][who])
+    there = torch.ones_like(x, dtype=torch.bool) if among is None else among
+    distance = (x[..., None] - x[..., None, :]).abs().double()
+    own = torch.eye(x.shape[-1], dtype=torch.bool, device=x.device)
+    distance = distance.masked_fill(own | ~there[..., None, :], torch.inf)
+    near, who = (part[..., :k] for part in distance.sort(dim=-1, stable=True))
+    # Rows of few numbers have fewer neighbours, and of one number none.
+    most = (there.sum(-1, keepdim=True) - 1).clamp(max=k)
+    used = (torch.arange(k, device=x.device) < most)[..., None, :]
+    last = (most - 1).clamp(min=0)[..., None].expand(*x.shape, 1)
+    radius = near.gather(-1, last)[..., 0]
+    reach = torch.maximum(near, _at(radius, who)).masked_fill(~used, 0).sum(-1)
     # A hair keeps duplicates, whose density has no bound, finite and alike.
-    density = 1 / (reach.mean(1) + 1e-10)
-    return (density[who].mean(1) / density).to(x.dtype)
+    density = 1 / (reach / most.clamp(min=1) + 1e-10)
+    around = _at(density, who).masked_fill(~used, 0).sum(-1) / most.clamp(min=1)
+    return torch.where(most > 0, around / density, 1.0).to(x.dtype)
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """[..., N, k] entries of each row [..., N] at some places."""
+    return values.gather(-1, places.flatten(-2)).view_as(places)

@@ -4,18 +4,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.prompt import PromptContext
 from tubelet.core.recipe import Paper, PromptReduction, param
 from tubelet.ops.components import link
+from tubelet.ops.cosine import cosine, cosines
 from tubelet.ops.density import density_peaks
 from tubelet.ops.merge import blend, drop, nearest_anchor
 from tubelet.ops.score import rank_of
 from tubelet.ops.segment import cut_starts
-from tubelet.ops.select import budget, kept_positions, max_min
+from tubelet.ops.select import budget, kept_positions
+from tubelet.ops.tools import PLAIN
 
 COMPARED = (0, 1, 2, 1)
 """DyCoke: how many frames back each frame of a group of four is compared; the first is not."""
@@ -44,11 +45,11 @@ class DyCoke(PromptReduction):
     positions: str = param("compact", "keep, compact or anchor")
 
     def plan(self, ctx: PromptContext) -> TokenAssignment | None:
-        grid, frames = ctx.grid, ctx.frames.float()
+        grid, frames = ctx.grid, ctx.frames
         count = budget(grid.per_frame, self.keep_ratio)
         number = torch.arange(grid.frames, device=frames.device)
         back = torch.tensor(COMPARED, device=frames.device)[number % 4]
-        repeated = F.cosine_similarity(frames, frames[number - back], dim=-1)
+        repeated = cosine(frames, frames[number - back])
         kept = (rank_of(-repeated) < count) | (back == 0)[:, None]
         whole = -(-grid.frames // 4)
         num = whole * grid.per_frame + (grid.frames - whole) * count
@@ -90,7 +91,7 @@ class FastVID(PromptReduction):
     def plan(self, ctx: PromptContext) -> TokenAssignment | None:
         if self.keep_ratio == 1:
             return None
-        grid, frames = ctx.grid, ctx.frames.float()
+        grid, frames = ctx.grid, ctx.frames
         num = budget(ctx.num_tokens, self.keep_ratio)
         shares = evenly(num, grid.frames)
         merged = [int(share * self.merged + 1e-9) for share in shares]
@@ -104,14 +105,14 @@ class FastVID(PromptReduction):
         kept = kept < torch.tensor(salient, device=frames.device)[:, None]
         peaks = rank_of(density_peaks(frames, self.neighbours, valid=~kept))
         anchor = peaks < torch.tensor(anchors, device=frames.device)[:, None]
-        parts = []
-        for start, end in stretches:
-            own = torch.arange(start * grid.per_frame, end * grid.per_frame, device=kept.device)
-            nearest = _nearest(frames[start:end], anchor[start:end], sum(anchors[start:end]))
-            nearest = torch.where(nearest < 0, -1, nearest + own[0])
-            parts.append(torch.where(kept[start:end].flatten(), own, nearest))
+        starts = torch.tensor([start for start, _ in stretches], device=frames.device)
+        number = torch.arange(grid.frames, device=frames.device)
+        segment = torch.searchsorted(starts, number, right=True)
+        nearest = _nearest(ctx.hidden, anchor, sum(anchors), segment)
+        own = torch.arange(ctx.num_tokens, device=frames.device)
+        target = torch.where(kept.flatten(), own, nearest)[None]
         places = kept_positions((kept | anchor).reshape(1, -1), num)
-        return blend(torch.cat(parts)[None], places, self.share)
+        return blend(target, places, self.share)
 
     def _spread(self, total: int, length: int, room: int) -> list[int]:
         """Anchors of each frame of a segment, at most `room` per frame, `total` in all."""
@@ -124,12 +125,24 @@ class FastVID(PromptReduction):
         return counts
 
 
-def _nearest(frames: Tensor, anchor: Tensor, num: int) -> Tensor:
-    """[F P] place among the segment's tokens of each one's nearest anchor; -1 without anchors."""
+def _nearest(hidden: Tensor, anchor: Tensor, num: int, segment: Tensor) -> Tensor:
+    """[N] place of each token's most similar anchor in its segment; -1 where that has none.
+
+    Args:
+        hidden: [1, N, C].
+        anchor: [T, P] bool, `num` of them; an anchor is its own.
+        segment: [T] number of each frame's segment.
+    """
     if num == 0:
         return torch.full((anchor.numel(),), -1, device=anchor.device)
-    places = kept_positions(anchor.reshape(1, -1), num)
-    return nearest_anchor(frames.flatten(0, 1)[None], places)[0]
+    places = kept_positions(anchor.reshape(1, -1), num)[0]
+    segment = segment.repeat_interleave(anchor.shape[1], output_size=anchor.numel())
+    parts = []
+    for start, part in cosines(hidden, hidden[:, places]):
+        apart = segment[start : start + part.shape[1], None] != segment[places]
+        best = part[0].masked_fill(apart, -torch.inf).max(1)
+        parts.append(torch.where(best.values.isinf(), -1, places[best.indices]))
+    return torch.cat(parts).scatter(0, places, places)
 
 
 def evenly(total: int, parts: int) -> list[int]:
@@ -144,8 +157,8 @@ def segments_of(frames: Tensor, segments: int, threshold: float) -> list[tuple[i
 
 
 def _starts(frames: Tensor, segments: int, threshold: float) -> Tensor:
-    mean = frames.mean(1)
-    return cut_starts(F.cosine_similarity(mean[1:], mean[:-1], dim=-1), segments, threshold)
+    mean = frames.mean(1, dtype=torch.float32)
+    return cut_starts(cosine(mean[1:], mean[:-1]), segments, threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +195,13 @@ class FlashVID(PromptReduction):
     def plan(self, ctx: PromptContext) -> TokenAssignment | None:
         if self.keep_ratio == 1:
             return None
-        grid, frames = ctx.grid, ctx.frames.float()
+        grid, frames = ctx.grid, ctx.frames
         num = budget(ctx.num_tokens, self.keep_ratio)
         each = int(num * self.chosen / grid.frames + 1e-9)
         chosen = torch.zeros(frames.shape[:2], dtype=torch.bool, device=frames.device)
         if each:
             attention = ctx.statistic("received", -1).reshape(frames.shape[:2])
-            chosen = max_min(frames, each, weight=attention)
+            chosen = (ctx.tools or PLAIN).max_min(frames, each, attention)
         trees = num - each * grid.frames
         label = self._link(frames, chosen, ctx.num_tokens - num)
         chosen = chosen.flatten()
@@ -200,15 +213,19 @@ class FlashVID(PromptReduction):
 
     def _link(self, frames: Tensor, chosen: Tensor, most: int) -> Tensor:
         """[N] first token of each token's tree, from at most `most` links."""
-        unit = F.normalize(frames, dim=-1)
-        cosine = unit[1:] @ unit[:-1].transpose(1, 2)
         cut = _starts(frames, self.segments, self.threshold)[1:, None]
-        best, partner = cosine.masked_fill(chosen[:-1, None], -torch.inf).max(-1)
+        gone = chosen[:-1, None]
+        pairs = [
+            part.masked_fill(gone, -torch.inf).max(-1)
+            for _, part in cosines(frames[1:], frames[:-1])
+        ]
+        best, partner = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
         best = best.masked_fill(chosen[1:] | cut | (best <= self.similar), -torch.inf).flatten()
         linked = (rank_of(best) < most) & best.isfinite()
         own = torch.arange(chosen.numel(), device=chosen.device).reshape(chosen.shape)
-        before = own[:-1, :1] + partner
-        return link(own[1:].flatten()[linked], before.flatten()[linked], own.numel())
+        late, early = own[1:].flatten(), (own[:-1, :1] + partner).flatten()
+        # A link to itself changes nothing.
+        return link(late, torch.where(linked, early, late), own.numel())
 
 
 def _largest(hidden: Tensor, label: Tensor, num: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.prompt import PromptContext
 from tubelet.core.recipe import Paper, PromptReduction, param
+from tubelet.ops.cosine import cosine
 from tubelet.ops.merge import drop
 from tubelet.ops.select import budget, guarded_top_k
 
@@ -32,8 +33,7 @@ class EVS(PromptReduction):
     def plan(self, ctx: PromptContext) -> TokenAssignment | None:
         if self.keep_ratio == 1:
             return None
-        frames = ctx.frames.float()
-        change = 1 - F.cosine_similarity(frames[1:], frames[:-1], dim=-1)
+        change = 1 - cosine(ctx.frames[1:], ctx.frames[:-1])
         first = torch.zeros(ctx.num_tokens, dtype=torch.bool, device=change.device)
         first[: ctx.grid.per_frame] = True
         score = F.pad(change.flatten(), (ctx.grid.per_frame, 0))

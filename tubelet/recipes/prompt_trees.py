@@ -14,6 +14,7 @@ from tubelet.core.grid import TokenGrid
 from tubelet.core.prompt import LayerContext, PromptContext
 from tubelet.core.recipe import LayerReduction, Paper, PromptReduction, param
 from tubelet.ops.components import link
+from tubelet.ops.cosine import PART, cosine, cosines, inverse_length, products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class STTM(LayerReduction):
             )
         labels, weights, start = [], [], 0
         for grid in ctx.grids:
-            tokens = ctx.hidden[0, start : start + grid.num_video].float()
+            tokens = ctx.hidden[0, start : start + grid.num_video]
             label, weight = self._groups(tokens, grid)
             labels.append(label + start)
             weights.append(weight)
@@ -66,37 +67,38 @@ class STTM(LayerReduction):
 
     def _groups(self, tokens: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """[N] first token of each token's group, and its weight in the group's mean."""
-        frames = tokens.unflatten(0, (grid.frames, grid.per_frame))
-        corner, mean = self._squares(frames, grid)
+        frames = tokens.unflatten(0, (grid.frames, grid.height, grid.width))
+        corner, node, nodes = self._squares(frames, grid)
         row = torch.arange(grid.frames, device=tokens.device)[:, None] * grid.per_frame
         square = (corner + row).flatten()
+        if self.temporal == 1:
+            return square, _means_of_means(square, square)
         # Quadtrees nest: at any place, the squares of two frames lie one inside the other.
-        alike = F.cosine_similarity(mean[1:], mean[:-1], dim=-1) >= self.temporal
-        pairs = (alike & (self.temporal < 1)).flatten()
-        late, early = square[grid.per_frame :][pairs], square[: -grid.per_frame][pairs]
-        group = link(late, early, grid.num_video)
+        alike = (_cosine_of(nodes, node[1:], node[:-1]) >= self.temporal).flatten()
+        late, early = square[grid.per_frame :], square[: -grid.per_frame]
+        # A link to itself changes nothing.
+        group = link(late, torch.where(alike, early, late), grid.num_video)
         return group[square], _means_of_means(square, group)
 
-    def _squares(self, frames: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
-        """[T, P] first place of each place's square, and [T, P, C] the square's mean."""
-        levels = _quadtree(grid, frames.device)
-        places = torch.arange(grid.per_frame, device=frames.device)
-        corner, mean = places.expand(frames.shape[:2]), frames
-        if self.spatial == 1:
-            return corner, mean
-        finer = frames
-        for box in levels[1 : max(1, len(levels) - self.root)]:
-            coarse = _box_means(frames, box)
-            like = F.cosine_similarity(coarse, finer, dim=-1)
+    def _squares(self, frames: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, P] first place of each place's square, [T, P] row of its mean, and [R, C] means."""
+        boxes = _quadtree(grid, frames.device)
+        boxes = boxes[: max(1, len(boxes) - self.root)] if self.spatial < 1 else boxes[:1]
+        nodes, rows = _pyramid(frames, len(boxes))
+        places = boxes[0]
+        corner, node = places.expand(len(frames), -1), rows[0]
+        for level in range(1, len(boxes)):
+            box, coarse, finer = boxes[level], rows[level], rows[level - 1]
+            coarse, finer = coarse[:, box], finer[:, boxes[level - 1]]
+            like = _cosine_of(nodes, coarse, finer)
             index = box.expand_as(like)
             worst = torch.full_like(like, torch.inf).scatter_reduce(1, index, like, "amin")
             whole = worst.gather(1, index) >= self.spatial
             first = torch.full_like(places, len(places)).scatter_reduce(0, box, places, "amin")
             # Coarser levels come later, so a whole square hides what is inside it.
             corner = torch.where(whole, first[box], corner)
-            mean = torch.where(whole[..., None], coarse, mean)
-            finer = coarse
-        return corner, mean
+            node = torch.where(whole, coarse, node)
+        return corner, node, nodes
 
 
 def _quadtree(grid: TokenGrid, device: torch.device) -> list[Tensor]:
@@ -115,11 +117,34 @@ def _quadtree(grid: TokenGrid, device: torch.device) -> list[Tensor]:
         height, width = (height + 1) // 2, (width + 1) // 2
 
 
-def _box_means(frames: Tensor, box: Tensor) -> Tensor:
-    """[T, P, C] mean of the box that each place of [T, P, C] lies in."""
-    sums = torch.zeros_like(frames).index_add(1, box, frames)
-    count = torch.bincount(box, minlength=len(box)).clamp(min=1)
-    return (sums / count[:, None])[:, box]
+def _pyramid(frames: Tensor, levels: int) -> tuple[Tensor, list[Tensor]]:
+    """[R, C] float32 means of the boxes of all levels, and for each level the rows [T, boxes].
+
+    Sums of neighbours, in a fixed order: adding by index would depend on the device's timing.
+    """
+    sums, count = frames, torch.ones_like(frames[:1, ..., :1], dtype=torch.float32)
+    means = [frames.flatten(0, 2)]
+    rows = [torch.arange(len(means[0]), device=frames.device).view(len(frames), -1)]
+    for _ in range(levels - 1):
+        sums, count = _fours(sums), _fours(count)
+        start = sum(len(mean) for mean in means)
+        means.append((sums / count).flatten(0, 2))
+        own = torch.arange(len(means[-1]), device=frames.device)
+        rows.append((start + own).view(len(frames), -1))
+    return torch.cat(means).float(), rows
+
+
+def _fours(x: Tensor) -> Tensor:
+    """float32 sums of 2 x 2 places of [T, H, W, C]; an odd side is filled up in front."""
+    x = F.pad(x, (0, 0, x.shape[2] % 2, 0, x.shape[1] % 2, 0))
+    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).sum((2, 4), dtype=torch.float32)
+
+
+def _cosine_of(nodes: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Cosines of rows of [R, C] with others, in the shape of `one`, a part at a time."""
+    step = max(1, PART // nodes.shape[1])
+    pairs = zip(one.flatten().split(step), other.flatten().split(step), strict=True)
+    return torch.cat([cosine(nodes[a], nodes[b]) for a, b in pairs]).view_as(one)
 
 
 def _means_of_means(part: Tensor, group: Tensor) -> Tensor:
@@ -129,9 +154,10 @@ def _means_of_means(part: Tensor, group: Tensor) -> Tensor:
         part: [N] first token of each token's part.
         group: [N] first token of each part's group, read at first tokens of parts.
     """
-    first = part == torch.arange(len(part), device=part.device)
-    sizes = torch.bincount(part, minlength=len(part))
-    parts = torch.bincount(group[first], minlength=len(part))
+    own = torch.arange(len(part), device=part.device)
+    zeros, ones = torch.zeros_like(part), torch.ones_like(part)
+    sizes = zeros.scatter_add(0, part, ones)
+    parts = zeros.scatter_add(0, group, (part == own).long())
     return 1 / (sizes[part] * parts[group[part]]).float()
 
 
@@ -153,6 +179,8 @@ class LLaVAScissor(PromptReduction):
     mean. The means of all frames are linked and averaged in the same way. Then every token of
     the clip is added to the most similar of these, and the sum divided by one more than their
     number. How many tokens stay depends on the clip. Positions are renumbered.
+    Means are compared in the host's precision, all pairs of them: where little is alike, a clip of
+    thousands of tokens costs a good part of what a layer of the model does.
     Gap from paper: components are exact; the authors sample nodes at random without a seed, and
     may lose tokens. A token goes to one output only: where it is more like another component
     than its own, the mean of its own is that of the tokens left there, of which the first always
@@ -169,45 +197,48 @@ class LLaVAScissor(PromptReduction):
     def plan(self, ctx: PromptContext) -> TokenAssignment | None:
         if self.threshold == 1:
             return None
-        unit = F.normalize(ctx.frames.float(), dim=-1)
-        frame, first, second = (unit @ unit.transpose(1, 2) > self.threshold).nonzero().T
-        row = frame * ctx.grid.per_frame
-        part = link(first + row, second + row, ctx.num_tokens)
+        part = self._in_frames(ctx.frames)
         group = self._over_frames(ctx.hidden, part)
-        own = torch.arange(ctx.num_tokens, device=part.device)
-        roots = (group[part] == own).nonzero()[:, 0]
-        if len(roots) == ctx.num_tokens:
-            return None
         share = _means_of_means(part, group)
-        shares = ctx.hidden[0].float() * share[:, None]
-        means = torch.zeros_like(shares).index_add(0, group[part], shares)[roots]
-        label = roots[_most_similar(unit.flatten(0, 1), F.normalize(means, dim=-1))]
-        label = label.scatter(0, roots, roots)
-        count = torch.bincount(label, minlength=len(own))[label]
+        parted = _grouped(group[part], share)
+        if parted is None:
+            return None
+        roots = parted.anchor[0]
+        nearest = [best.argmax(2) for _, best in cosines(ctx.hidden, parted.reduce(ctx.hidden))]
+        label = roots[torch.cat(nearest, 1)[0]].scatter(0, roots, roots)
+        ones = torch.ones_like(share)[None]
+        plan = TokenAssignment.merge(label[None], parted.anchor, ones)
         home = share * (label == group[part])
-        left = torch.zeros_like(share).index_add(0, label, home)[label]
-        return _grouped(label, (1 + home / left) / (count + 1))
+        left = replace(plan, weight=ones).reduce(home[None, :, None])[0, :, 0]
+        weight = (1 + home / left[plan.index[0]]) / (plan.size[0, plan.index[0]] + 1)
+        return replace(plan, weight=weight[None])
+
+    def _in_frames(self, frames: Tensor) -> Tensor:
+        """[N] first token of the component of each token in its frame."""
+        ends = []
+        for start, part in cosines(frames, frames):
+            frame, row, column = (part > self.threshold).triu(start + 1).nonzero().T
+            before = frame * frames.shape[1]
+            ends.append(torch.stack([before + row + start, before + column]))
+        first, second = torch.cat(ends, dim=1)
+        return link(first, second, frames.shape[:2].numel())
 
     def _over_frames(self, hidden: Tensor, part: Tensor) -> Tensor:
         """[N] first token of the component of each part of a frame, read at first tokens."""
         own = torch.arange(len(part), device=part.device)
         first = (part == own).nonzero()[:, 0]
         ones = torch.ones(1, len(part), device=part.device)
-        means = TokenAssignment.merge(part[None], first[None], ones).reduce(hidden.float())[0]
-        unit = F.normalize(means, dim=-1)
-        ends = []
-        for start in range(0, len(unit), CHUNK):
-            row, column = (unit[start : start + CHUNK] @ unit.T > self.threshold).nonzero().T
-            ends.append(torch.stack([row + start, column]))
+        means = TokenAssignment.merge(part[None], first[None], ones).reduce(hidden)
+        length, ends = inverse_length(means)[0], []
+        for start in range(0, len(first), ROWS):
+            # Each pair once.
+            part, rest = means[:, start : start + ROWS], means[:, start:]
+            cosine = products(part, rest)[0] * length[start : start + ROWS, None] * length[start:]
+            row, column = (cosine > self.threshold).triu(1).nonzero().T
+            ends.append(torch.stack([row, column]) + start)
         late, early = torch.cat(ends, dim=1)
         return own.scatter(0, first, first[link(late, early, len(first))])
 
 
-CHUNK = 1024
-"""Rows of a matrix of similarities that exist at once."""
-
-
-def _most_similar(unit: Tensor, means: Tensor) -> Tensor:
-    """[N] which of [R, C] unit vectors each of [N, C] is most like; the first of equals."""
-    parts = [(unit[s : s + CHUNK] @ means.T).argmax(1) for s in range(0, len(unit), CHUNK)]
-    return torch.cat(parts)
+ROWS = 2048
+"""Rows of a matrix of similarities that are searched at once; each search waits for the device."""

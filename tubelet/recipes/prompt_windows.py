@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +17,10 @@ from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site
 from tubelet.core.prompt import LayerContext, PromptContext
 from tubelet.core.recipe import LayerReduction, Paper, PromptReduction, param
+from tubelet.ops.cosine import cosine, inverse_length
 from tubelet.ops.density import density_clusters
 from tubelet.ops.merge import blend, drop, nearest_anchor
+from tubelet.ops.rows import row_parts
 from tubelet.ops.score import rank_of
 from tubelet.ops.select import apportion, budget, kept_positions, top_k
 
@@ -65,8 +68,8 @@ class HoliTom(PromptReduction):
     def plan(self, ctx: PromptContext) -> TokenAssignment | None:
         if self.keep_ratio == 1:
             return None
-        frames = ctx.frames.float()
-        alike = F.cosine_similarity(frames[1:], frames[:-1], dim=-1) > self.threshold
+        frames = ctx.frames
+        alike = cosine(frames[1:], frames[:-1]) > self.threshold
         until = _still_until(alike)
         starts = _best_windows(until, self.window)
         head, last = _ends(starts, len(frames), frames.device)
@@ -153,14 +156,11 @@ class PruneVid(PromptReduction):
     positions: str = param("compact", "keep, compact or anchor")
 
     def plan(self, ctx: PromptContext) -> TokenAssignment | None:
-        frames = ctx.frames.float()
+        frames = ctx.frames
         starts = self._segments(frames)
         head, last = _ends(starts, len(frames), frames.device)
+        alike = _mean_cosine(frames, starts, head, last)
         length = last - head + 1
-        # The mean cosine of all pairs follows from the length of the sum of unit vectors.
-        sums = torch.zeros_like(frames).index_add(0, head, F.normalize(frames, dim=-1))[head]
-        pairs = (length * (length - 1)).clamp(min=1)[:, None]
-        alike = ((sums.square().sum(-1) - length[:, None]) / pairs).clamp(max=1)
         folded = _Folded(frames, (alike > self.threshold) & (length > 1)[:, None], head)
         centre, target = folded.clusters(
             self._counts(folded.static), self.neighbours, folded.static
@@ -173,7 +173,9 @@ class PruneVid(PromptReduction):
     def _segments(self, frames: Tensor) -> list[int]:
         """First frames of the segments."""
         count = torch.tensor([max(1, int(len(frames) * self.segments))], device=frames.device)
-        _, label = density_clusters(frames.mean(1)[None], count, self.neighbours)
+        _, label = density_clusters(
+            frames.mean(1, dtype=torch.float32)[None], count, self.neighbours
+        )
         longest: dict[int, tuple[int, int]] = {}
         frame = 0
         for cluster, run in groupby(label[0].tolist()):
@@ -214,12 +216,27 @@ class PruneVidInner(LayerReduction):
         if self.keep_ratio == 1:
             return None
         stats, num = ctx.statistics(), budget(ctx.num_tokens, self.keep_ratio)
-        score = stats.rows(stats.question() or [-1]).amax((0, 1))
+        parts = [part.amax((0, 1)) for part in row_parts(stats.rows, stats.question() or [-1])]
+        score = torch.stack(parts).amax(0)
         return drop(top_k(score[None], num), num)
+
+
+def _mean_cosine(frames: Tensor, starts: list[int], head: Tensor, last: Tensor) -> Tensor:
+    """[T, P] mean cosine of all pairs of tokens of a place in each frame's segment; 0 for one."""
+    # It follows from the length of the sum of unit vectors, which a product adds up: adding by
+    # index would depend on the device's timing.
+    first = torch.tensor(starts, device=frames.device)
+    unit = (frames * inverse_length(frames)[..., None]).flatten(1)
+    sums = ((first[:, None] == head).float() @ unit).view(len(starts), *frames.shape[1:])
+    squares = sums.square().sum(-1)[torch.searchsorted(first, head)]
+    length = (last - head + 1)[:, None]
+    return ((squares - length) / (length * (length - 1)).clamp(min=1)).clamp(max=1)
 
 
 class _Folded:
     """A clip [T, P, C] whose static places are means over their window, in its first frame.
+
+    Means have the dtype of the clip.
 
     Args:
         frames: The clip.
@@ -281,11 +298,12 @@ def _best_windows(until: Tensor, longest: int) -> list[int]:
     frames = len(until)
     ending = torch.zeros(frames, frames, dtype=torch.int64, device=until.device)
     ending = ending.scatter_add(1, until, torch.ones_like(until))
-    static = ending.flip(1).cumsum(1).flip(1).cpu()
-    number = torch.arange(frames)
+    # Read from the device once; numpy takes the many small steps faster than torch.
+    static = ending.flip(1).cumsum(1).flip(1).cpu().numpy()
+    number = np.arange(frames)
     span = number - number[:, None]
-    gain = (static * span).masked_fill((span < 0) | (span >= longest), _NEVER)
-    best, start = torch.zeros(frames + 1, dtype=torch.int64), [0] * frames
+    gain = np.where((span < 0) | (span >= longest), _NEVER, static * span)
+    best, start = np.zeros(frames + 1, dtype=np.int64), [0] * frames
     for end in range(frames):
         total = best[: end + 1] + gain[: end + 1, end]
         start[end] = int(total.argmax())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tubelet.bench.attention.density import causal_density
 from tubelet.bench.attention.inputs import Inputs, random_lists
 from tubelet.bench.attention.probe import Probe, probe
 from tubelet.bench.attention.result import BASELINES, Measured, Skipped
@@ -15,9 +16,12 @@ from tubelet.bench.attention.shapes import Shape
 from tubelet.bench.attention.timer import take_turns
 from tubelet.bench.measure import median
 from tubelet.core.context import AttentionContext, Site, StepContext
+from tubelet.core.errors import UnsupportedError
 from tubelet.core.plan import AttentionPlan
-from tubelet.core.recipe import SparseAttention
+from tubelet.core.prefill import PrefillContext
+from tubelet.core.recipe import SparseAttention, SparsePrefill
 from tubelet.kernels.attention import IMPLEMENTATIONS, attention, choose, why_not
+from tubelet.kernels.attention.order import inverse, permuted
 from tubelet.kernels.selection import TOOLS
 
 LARGEST_MAP = 2**27
@@ -26,10 +30,18 @@ LARGEST_MAP = 2**27
 SITE = Site(name="bench", layer=20, num_layers=40, kind="joint")
 """Policies are asked for a layer in the middle, behind any dense first layers."""
 
+LAYER = Site(name="bench", layer=18, num_layers=36, kind="llm")
+"""The same for policies of a prompt."""
+
+BY_PROMPT = ("triton", "fa4")
+"""Implementations that layers of a prompt are measured with, where they were chosen; first the
+one that `impl="auto"` takes."""
+
 STEPS = 50
 """Denoising steps of the run that a policy believes in; it is timed past its warm-up."""
 
 Result = tuple[Tensor, Tensor]
+Policy = SparseAttention | SparsePrefill
 
 
 @dataclass
@@ -75,7 +87,7 @@ class Attempts:
 def add_dense(attempts: Attempts, inputs: Inputs, impls: Sequence[str]) -> None:
     """The dense call of each implementation."""
     for impl in impls:
-        reason = _refusal(impl, inputs, None)
+        reason = _refusal(impl, inputs, None, attempts.shape.causal)
         if reason is not None:
             attempts.skip(f"{impl} dense", reason)
             continue
@@ -100,7 +112,7 @@ def add_lists(
             plan = AttentionPlan(mask=mask)
             for impl in impls:
                 name = f"{impl} {block[0]}x{block[1]} at {density:g}"
-                reason = _refusal(impl, inputs, plan)
+                reason = _refusal(impl, inputs, plan, shape.causal)
                 if reason is not None:
                     attempts.skip(name, reason)
                     continue
@@ -110,14 +122,26 @@ def add_lists(
 
 
 def add_policies(
-    attempts: Attempts, inputs: Inputs, field: str, recipes: Sequence[SparseAttention]
+    attempts: Attempts,
+    inputs: Inputs,
+    field: str,
+    recipes: Sequence[Policy],
+    impls: Sequence[str] = ("auto",),
 ) -> None:
-    """The whole layer of each recipe."""
+    """The whole layer of each recipe: of SparsePrefill on prompts, of SparseAttention elsewhere.
+
+    Each is measured with each implementation of `impls` that takes its plan, "auto" being the one
+    that users get.
+    """
     for recipe in recipes:
-        attempts.attempt(
-            f"{recipe} on {field} inputs",
-            lambda recipe=recipe: _policy_case(attempts.shape, inputs, field, recipe),
-        )
+        for impl in impls:
+            by = "" if impl == "auto" else f" by {impl}"
+            attempts.attempt(
+                f"{recipe}{by} on {field} inputs",
+                lambda recipe=recipe, impl=impl: _policy_case(
+                    attempts.shape, inputs, field, recipe, impl
+                ),
+            )
 
 
 def measure(
@@ -152,17 +176,17 @@ def _row(
 
 def _kernel_case(shape: Shape, inputs: Inputs, impl: str, plan: AttentionPlan | None) -> Case:
     def run() -> Result:
-        return attention(*inputs, plan, impl=impl)
+        return attention(*inputs, plan, causal=shape.causal, impl=impl)
 
     mask = None if plan is None else plan.mask
-    checked = _checked(inputs, plan or AttentionPlan(), run())
+    checked = _checked(inputs, plan or AttentionPlan(), run(), shape.causal)
     row = Measured(
         kind="dense" if mask is None else "lists",
         shape=shape.name,
         name=impl,
         impl=impl,
         block=None if mask is None else mask.block,
-        density=1.0 if mask is None else mask.density,
+        density=_density(plan or AttentionPlan(), shape),
         seconds=0.0,
         samples=[],
         tflops=0.0,
@@ -173,7 +197,56 @@ def _kernel_case(shape: Shape, inputs: Inputs, impl: str, plan: AttentionPlan | 
     return Case(row, {"whole": run})
 
 
-def _policy_case(shape: Shape, inputs: Inputs, field: str, recipe: SparseAttention) -> Case:
+def _policy_case(shape: Shape, inputs: Inputs, field: str, recipe: Policy, impl: str) -> Case:
+    decisions = _prompt_decisions if isinstance(recipe, SparsePrefill) else _step_decisions
+    decide, first = decisions(shape, inputs, recipe)
+
+    plan = decide()
+    name = choose(*inputs, plan, causal=shape.causal, impl="auto" if plan.mask is None else impl)
+
+    def whole() -> Result:
+        return attention(*inputs, decide(), causal=shape.causal, impl=name)
+
+    checked = _checked(inputs, plan, whole(), shape.causal)
+    row = Measured(
+        kind="policy",
+        shape=shape.name,
+        name=str(recipe),
+        impl=name,
+        block=None if plan.mask is None else plan.mask.block,
+        density=_density(plan, shape),
+        seconds=0.0,
+        samples=[],
+        tflops=0.0,
+        over={},
+        field=field,
+        **vars(checked),
+    )
+    runs: dict[str, Callable[[], Any]] = {
+        "whole": whole,
+        "attention": lambda: attention(*inputs, plan, causal=shape.causal, impl=name),
+        "selection": decide,
+    }
+    if first is not None:
+        runs["first"] = first
+    if plan.order is not None and plan.mask is not None:
+        order = plan.order
+
+        def reorder() -> Tensor:
+            q, _, _ = (permuted(x, order) for x in inputs)
+            return permuted(q, inverse(order))
+
+        runs["reordering"] = reorder
+    return Case(row, runs)
+
+
+Decide = Callable[[], AttentionPlan]
+
+
+def _step_decisions(shape: Shape, inputs: Inputs, recipe: Any) -> tuple[Decide, Decide | None]:
+    """Deciding late in a run of a generator, and at its first sparse step."""
+    if shape.causal or not isinstance(recipe, SparseAttention):
+        raise UnsupportedError("a prompt is thinned out by recipes of the stage 'prefill'")
     kept: dict[str, Any] = {}
 
     def decide(step: int, state: dict[str, Any]) -> AttentionPlan:
@@ -192,51 +265,58 @@ def _policy_case(shape: Shape, inputs: Inputs, field: str, recipe: SparseAttenti
             )
         )
 
-    def whole() -> Result:
-        return attention(*inputs, decide(STEPS - 1, kept))
-
     first = min(STEPS - 1, round(recipe.dense_steps * STEPS))
     decide(first, kept)
-    plan = decide(STEPS - 1, kept)
-    checked = _checked(inputs, plan, whole())
-    row = Measured(
-        kind="policy",
-        shape=shape.name,
-        name=str(recipe),
-        impl=choose(*inputs, plan),
-        block=None if plan.mask is None else plan.mask.block,
-        density=1.0 if plan.mask is None else plan.mask.density,
-        seconds=0.0,
-        samples=[],
-        tflops=0.0,
-        over={},
-        field=field,
-        **vars(checked),
+    return lambda: decide(STEPS - 1, kept), lambda: decide(first, {})
+
+
+def _prompt_decisions(shape: Shape, inputs: Inputs, recipe: Any) -> tuple[Decide, Decide | None]:
+    """Deciding on a prompt, as the runtime of the models asks for it."""
+    if not shape.causal or not isinstance(recipe, SparsePrefill):
+        raise UnsupportedError(f"{recipe.name} thins out prompts, and {shape.name} is none")
+    q, k, v = inputs
+    video, place = shape.layout(q.device)
+    grid = replace(shape.grid, before=0, after=0)
+    ctx = PrefillContext(
+        site=LAYER,
+        grids=(grid,),
+        query=q,
+        key=k,
+        value=v,
+        scale=shape.width**-0.5,
+        video=video,
+        place=place,
+        tools=TOOLS,
     )
-    runs: dict[str, Callable[[], Any]] = {
-        "whole": whole,
-        "attention": lambda: attention(*inputs, plan),
-        "selection": lambda: decide(STEPS - 1, kept),
-        "first": lambda: decide(first, {}),
-    }
-    return Case(row, runs)
+    return lambda: recipe.plan(ctx), None
 
 
-def _checked(inputs: Inputs, plan: AttentionPlan, result: Result) -> Probe:
-    found = probe(inputs, plan, *result)
+def _density(plan: AttentionPlan, shape: Shape) -> float:
+    if plan.mask is None:
+        return 1.0
+    return causal_density(plan.mask, plan.order) if shape.causal else plan.mask.density
+
+
+def _checked(inputs: Inputs, plan: AttentionPlan, result: Result, causal: bool) -> Probe:
+    found = probe(inputs, plan, *result, causal=causal)
     numbers = torch.tensor([x for x in vars(found).values() if x is not None])
     if not bool(numbers.isfinite().all()):
         raise FloatingPointError(f"the result is not finite: {found}")
     return found
 
 
-def _refusal(impl: str, inputs: Inputs, plan: AttentionPlan | None) -> str | None:
+def _refusal(impl: str, inputs: Inputs, plan: AttentionPlan | None, causal: bool) -> str | None:
     """Why a case cannot run, or None."""
     q = inputs[0]
     entries = q.shape[1] * q.shape[2] ** 2
     if impl == "flex" and q.device.type == "cpu" and entries > LARGEST_MAP:
         return "FlexAttention materialises the attention map on a CPU"
-    return why_not(impl, *inputs, plan)
+    return why_not(impl, *inputs, plan, causal=causal)
+
+
+def of_prompts(impls: Sequence[str]) -> list[str]:
+    """Those of `impls` that are worth measuring on whole layers of a prompt, or the usual one."""
+    return [impl for impl in BY_PROMPT if impl in impls] or ["auto"]
 
 
 def implementations(names: Sequence[str]) -> list[str]:

@@ -33,25 +33,37 @@ class Probe:
     recall: float
 
 
-def probe(inputs: Inputs, plan: AttentionPlan, out: Tensor, lse: Tensor, seed: int = 0) -> Probe:
+def probe(
+    inputs: Inputs,
+    plan: AttentionPlan,
+    out: Tensor,
+    lse: Tensor,
+    seed: int = 0,
+    *,
+    causal: bool = False,
+) -> Probe:
     """Compare a result with rows that are computed in float32 by the definition.
 
     Args:
-        inputs: Queries, keys and values [1, H, N, D].
+        inputs: Queries [1, H, N, D], keys and values [1, G, N, D].
         plan: What was carried out, at the default scale.
         out: [1, H, N, D] result.
         lse: [1, H, N] log-sum-exp.
         seed: Of the choice of rows; the first and the last row are always among them.
+        causal: No query sees a later token, whatever the plan lists.
     """
     q, k, v = inputs
-    heads, tokens = q.shape[1], q.shape[2]
+    heads, tokens, groups = q.shape[1], q.shape[2], q.shape[1] // k.shape[1]
     rows = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:ROWS].sort()[0]
     rows[0], rows[-1] = 0, tokens - 1
     rows = rows.to(q.device)
-    parts = [
-        _one_head(q[0, h, rows], k[0, h], v[0, h], h, rows, plan, out[0, h, rows], lse[0, h, rows])
-        for h in sorted({0, heads // 2, heads - 1} if heads >= HEADS else set(range(heads)))
-    ]
+    places = torch.arange(tokens, device=q.device)
+    later = places > rows[:, None] if causal else None
+    parts = []
+    for h in sorted({0, heads // 2, heads - 1} if heads >= HEADS else set(range(heads))):
+        kept = kept_keys(plan, h, rows, tokens, groups)
+        own = q[0, h, rows], k[0, h // groups], v[0, h // groups]
+        parts.append(_one_head(*own, kept, later, plan, out[0, h, rows], lse[0, h, rows]))
     off, lse_off, difference, norm, recall = (
         torch.stack(part) for part in zip(*parts, strict=True)
     )
@@ -66,7 +78,7 @@ def probe(inputs: Inputs, plan: AttentionPlan, out: Tensor, lse: Tensor, seed: i
     )
 
 
-def kept_keys(plan: AttentionPlan, head: int, rows: Tensor, tokens: int) -> Tensor:
+def kept_keys(plan: AttentionPlan, head: int, rows: Tensor, tokens: int, groups: int = 1) -> Tensor:
     """Bool [R, N], True where the plan computes the pair of a query row and a key.
 
     Args:
@@ -74,6 +86,7 @@ def kept_keys(plan: AttentionPlan, head: int, rows: Tensor, tokens: int) -> Tens
         head: Which one.
         rows: [R] query positions before any reordering.
         tokens: N.
+        groups: Query heads per key head.
     """
     kept = torch.ones(len(rows), tokens, dtype=torch.bool, device=rows.device)
     mask = plan.mask
@@ -85,7 +98,7 @@ def kept_keys(plan: AttentionPlan, head: int, rows: Tensor, tokens: int) -> Tens
     )
     order = torch.arange(tokens, device=rows.device)
     if plan.order is not None:
-        order = plan.order[head if plan.order.shape[0] > 1 else 0]
+        order = plan.order[head // groups if plan.order.shape[0] > 1 else 0]
     place = torch.empty_like(order)
     place[order] = torch.arange(tokens, device=rows.device)
     columns = torch.arange(mask.num_keys, device=rows.device) // mask.block[1]
@@ -99,15 +112,16 @@ def _one_head(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    head: int,
-    rows: Tensor,
+    kept: Tensor,
+    later: Tensor | None,
     plan: AttentionPlan,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, ...]:
     """Largest errors, squared difference and norm against dense, and recall."""
     logits = q.float() @ k.float().T * q.shape[-1] ** -0.5
-    kept = kept_keys(plan, head, rows, k.shape[0])
+    if later is not None:
+        logits = logits.masked_fill(later, -torch.inf)
     weights = logits.softmax(-1)
     dense = weights @ v.float()
     changed = logits / plan.temperature

@@ -28,7 +28,8 @@ class Measured:
         name: Implementation, or the policy with its fields.
         impl: Implementation that ran.
         block: (query, key) block sizes in tokens; None for dense calls.
-        density: Share of token pairs computed.
+        density: Share of token pairs computed; of a causal call, of those that dense causal
+            attention computes.
         seconds: Median; of a policy the whole layer: deciding, reordering, attention and inverse.
         samples: Timed runs in seconds.
         tflops: 4 x computed pairs x channels per second, in 1e12.
@@ -37,8 +38,9 @@ class Measured:
         field: Of a policy: what queries and keys looked like; "random" for all other cases.
         error, recall: Of a policy, against dense attention; see `probe.Probe`.
         selection: Of a policy: seconds of deciding, from the second step of a run on.
-        first: Of a policy: seconds of deciding at the first step.
+        first: Of a policy in a generator: seconds of deciding at the first step.
         attention: Of a policy: seconds of the call with its plan, reordering included.
+        reordering: Of a policy with an order: seconds of reordering and of the way back, alone.
     """
 
     kind: str
@@ -59,6 +61,7 @@ class Measured:
     selection: float | None = None
     first: float | None = None
     attention: float | None = None
+    reordering: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,13 @@ import torch
 
 from tubelet.bench.attention.cases import (
     Attempts,
+    Policy,
     add_dense,
     add_lists,
     add_policies,
     implementations,
     measure,
+    of_prompts,
 )
 from tubelet.bench.attention.inputs import FIELDS, make_inputs
 from tubelet.bench.attention.result import AttentionRun, read_runs, write_runs
@@ -25,7 +27,7 @@ from tubelet.bench.compare import Progress
 from tubelet.bench.environment import environment
 from tubelet.core.errors import RecipeError, TubeletError, UnsupportedError
 from tubelet.core.files import check_folder, write_whole
-from tubelet.core.recipe import SparseAttention
+from tubelet.core.recipe import SparseAttention, SparsePrefill
 from tubelet.kernels.attention import IMPLEMENTATIONS
 from tubelet.models.load import checked_device
 from tubelet.recipes import catalogue, parse
@@ -82,7 +84,7 @@ def run_attention(request: Request, progress: Progress) -> list[AttentionRun]:
         repeats=repeats,
         seed=request.seed,
         quick=request.quick,
-        notes=_notes(request),
+        notes=_notes(request, shapes),
     )
     for shape in shapes:
         run.shapes.append(shape.to_dict())
@@ -110,8 +112,10 @@ def write(out: Path, runs: Sequence[AttentionRun]) -> None:
     write_whole(out / "attention.md", markdown(runs))
 
 
-def policies(texts: Sequence[str], density: float = 0.2) -> list[SparseAttention]:
+def policies(texts: Sequence[str], density: float = 0.2) -> list[Policy]:
     """The recipes of these texts; without any, every one with a density, at that density.
+
+    And those for prompts of language models, which set their density themselves.
 
     Raises:
         RecipeError: One is unknown, is no sparse attention, or has a value out of range.
@@ -124,9 +128,10 @@ def policies(texts: Sequence[str], density: float = 0.2) -> list[SparseAttention
             if issubclass(cls, SparseAttention)
             and any(f.name == "density" for f in dataclasses.fields(cls))
         ]
+        chosen += [cls() for cls in catalogue().values() if issubclass(cls, SparsePrefill)]
     found = []
     for recipe in chosen:
-        if not isinstance(recipe, SparseAttention):
+        if not isinstance(recipe, SparseAttention | SparsePrefill):
             raise RecipeError(f"{recipe} is no sparse attention: its stage is {recipe.stage!r}")
         found.append(recipe)
     return found
@@ -136,12 +141,16 @@ def _measure_shape(
     run: AttentionRun,
     shape: Shape,
     request: Request,
-    recipes: Sequence[SparseAttention],
+    recipes: Sequence[Policy],
     device: torch.device,
     progress: Progress,
 ) -> None:
     """Kernels on random inputs, then the policies on each kind of inputs, all with dense calls."""
     impls, repeats = implementations(request.impls), run.repeats
+    if not request.recipes:
+        # Without a choice each kind of call gets the recipes of its kind.
+        kind = SparsePrefill if shape.causal else SparseAttention
+        recipes = [recipe for recipe in recipes if isinstance(recipe, kind)]
     parts = [("kernels", "random")] if request.kernels else []
     parts += [("policies", field) for field in request.fields if recipes]
     for part, field in parts:
@@ -157,7 +166,8 @@ def _measure_shape(
             if part == "kernels":
                 add_lists(attempts, inputs, impls, request.blocks, request.densities, request.seed)
             else:
-                add_policies(attempts, inputs, field, recipes)
+                by = of_prompts(impls) if shape.causal and device.type == "cuda" else ["auto"]
+                add_policies(attempts, inputs, field, recipes, by)
             rounds = repeats + (WARM_UPS if device.type == "cuda" else 0)
             ticks = _Ticks(progress, what, rounds * sum(len(c.runs) for c in attempts.cases))
             rows = measure(attempts, device, repeats, ticks)
@@ -215,11 +225,19 @@ def _shard(shapes: list[Shape], shard: tuple[int, int]) -> list[Shape]:
     return mine
 
 
-def _notes(request: Request) -> list[str]:
-    notes = [
-        "the time of flex with lists includes turning them into its own format",
-        "policies are timed late in a run: a search at an earlier step shows under first step only",
-    ]
+def _notes(request: Request, shapes: Sequence[Shape]) -> list[str]:
+    notes = ["the time of flex with lists includes turning them into its own format"]
+    if not all(shape.causal for shape in shapes):
+        notes.append(
+            "policies are timed late in a run: a search at an earlier step shows under first step "
+            "only"
+        )
+    if any(shape.causal for shape in shapes):
+        notes.append(
+            "density of causal calls is the share of the pairs of a query and a token up to it"
+        )
+    if any(shape.groups > 1 for shape in shapes):
+        notes.append("the time of sdpa includes repeating keys and values for all query heads")
     if request.quick:
         notes.insert(0, "a smoke test: sizes too small to conclude anything")
     if request.heads is not None:

@@ -8,6 +8,15 @@ from tubelet.bench.attention.result import BASELINES, AttentionRun, Measured, Sk
 _LABELS = {"fa4": "FA4", "sdpa": "SDPA", "flex": "Flex"}
 
 
+_PARTS = {
+    "seconds": "layer ms",
+    "attention": "attention ms",
+    "reordering": "of it reordering ms",
+    "selection": "selection ms",
+    "first": "first step ms",
+}
+
+
 def markdown(runs: Sequence[AttentionRun]) -> str:
     """Kernels, policies and what was left out, shape by shape."""
     parts = []
@@ -24,10 +33,7 @@ def markdown(runs: Sequence[AttentionRun]) -> str:
         )
         parts += [f"- {note}" for note in run.notes]
         for shape in run.shapes:
-            parts.append(
-                f"### {shape['name']}: {shape['tokens']:,} tokens, {shape['heads']} heads x "
-                f"{shape['width']}"
-            )
+            parts.append(f"### {shape['name']}: {_call(shape)}")
             kernels = run.of(shape["name"], "dense") + run.of(shape["name"], "lists")
             parts += [_kernels(kernels)] if kernels else []
             policies = run.of(shape["name"], "policy")
@@ -35,6 +41,14 @@ def markdown(runs: Sequence[AttentionRun]) -> str:
             left = [entry for entry in run.skipped if entry.shape == shape["name"]]
             parts += [_left_out(left)] if left else []
     return "\n\n".join(parts) + "\n"
+
+
+def _call(shape: dict[str, Any]) -> str:
+    # Results from before there were prompts have neither key heads nor causality.
+    few = shape.get("key_heads", shape["heads"])
+    grouped = "" if few == shape["heads"] else f", {few} key heads"
+    causal = ", causal" if shape.get("causal") else ""
+    return f"{shape['tokens']:,} tokens, {shape['heads']} heads x {shape['width']}{grouped}{causal}"
 
 
 def layers(runs: Sequence[AttentionRun]) -> str:
@@ -114,22 +128,25 @@ def _kernels(cases: Sequence[Measured]) -> str:
 
 def _policies(cases: Sequence[Measured]) -> str:
     baselines = _baselines(cases)
+    # Steps are a generator's, an order per head that of prompts.
+    timed = ("seconds", "attention", "reordering", "selection", "first")
+    parts = [part for part in timed if any(getattr(case, part) is not None for case in cases)]
     rows = [
         [
             case.name,
             case.field,
             case.impl if case.block is None else f"{case.impl} {case.block[0]} x {case.block[1]}",
             f"{case.density:.3f}",
-            *(_milliseconds(x) for x in (case.seconds, case.attention, case.selection, case.first)),
+            *(_milliseconds(getattr(case, part)) for part in parts),
             *(_ratio(case, name) for name in baselines),
             "" if case.recall is None else f"{case.recall:.3f}",
             _small(case.error),
         ]
         for case in cases
     ]
-    head = ["policy", "inputs", "kernel", "density", "layer ms", "attention ms", "selection ms"]
+    head = ["policy", "inputs", "kernel", "density", *(_PARTS[part] for part in parts)]
     over = [f"over {_LABELS[name]}" for name in baselines]
-    return _table([*head, "first step ms", *over, "recall", "error"], rows)
+    return _table([*head, *over, "recall", "error"], rows)
 
 
 def _left_out(skipped: Sequence[Skipped]) -> str:

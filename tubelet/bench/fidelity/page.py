@@ -43,12 +43,14 @@ def render(runs: Sequence[Fidelity]) -> str:
     )
 
 
-def render_template(name: str, **values: Any) -> str:
-    """A template of this package."""
+def render_template(name: str, folder: Path | None = None, **values: Any) -> str:
+    """A template of this package, or of another one's folder; the style of all pages lies here."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    own = Path(__file__).parent
+    folders = [own] if folder is None else [folder, own]
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined
     )
     return templates.get_template(name).render(**values)
 

@@ -128,6 +128,22 @@ class Row:
         return None if self.speedup is None or self.bound is None else self.speedup / self.bound
 
     @property
+    def prefill_speedup(self) -> float | None:
+        """The same without what the host and `generate` do around the two models in a dense answer;
+        what a recipe adds to that counts."""
+        if not self.split or not self.dense_split:
+            return None
+        around = self.dense_split["prompt"]
+        return (self.dense_split["total"] - around) / (self.split["total"] - around)
+
+    @property
+    def prefill_of_bound(self) -> float | None:
+        """`prefill_speedup` as a share of the bound."""
+        if self.prefill_speedup is None or self.bound is None:
+            return None
+        return self.prefill_speedup / self.bound
+
+    @property
     def plan_share(self) -> float | None:
         """Deciding (scores and selection) as a share of this variant's time to the first token."""
         return self.split["plan"] / self.split["total"] if self.split else None
@@ -143,7 +159,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with what follows from the figures."""
-        derived = ("of_bound", "plan_share", "overhead")
+        derived = ("of_bound", "prefill_speedup", "prefill_of_bound", "plan_share", "overhead")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     @classmethod

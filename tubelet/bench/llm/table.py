@@ -23,6 +23,8 @@ COLUMNS = {
     "speed-up": "dense time to the first token of the same turns / this time",
     "bound": "largest speed-up that the counted operations allow, computed before the run",
     "of bound": "measured speed-up as a share of the bound",
+    "vision + LLM": "speed-up, and share of the bound, without what `generate` does around both "
+    "models in a dense answer; what a recipe adds to that counts",
     "overhead": "all that the recipe adds outside of the language model, as a share of its time",
     "tokens/s": "answer tokens per second behind the first, one prompt",
     "memory": "peak megabytes to the first token, above model and inputs",
@@ -31,7 +33,7 @@ COLUMNS = {
 }
 """Header and meaning; a column of prompts per second for each concurrency follows."""
 
-PAGE_ONLY = {"density", "KV MB", "prompt", "overhead", "layers", "FLOPs", "memory"}
+PAGE_ONLY = {"density", "KV MB", "prompt", "overhead", "vision + LLM", "layers", "FLOPs", "memory"}
 """Columns for which a terminal is too narrow."""
 
 
@@ -61,6 +63,7 @@ def cells(row: Row, run: LLMRun) -> list[str]:
         _shown(row.speedup, "{:.2f}x"),
         "-" if dense else _shown(row.bound, "{:.2f}x"),
         "-" if dense else _shown(row.of_bound, "{:.0%}"),
+        "-" if dense else _both(row),
         "-" if dense else _shown(row.overhead, "{:.1%}"),
         _shown(row.decode, "{:.1f}"),
         _shown(row.memory, "{:.0f}", 1e6),
@@ -148,6 +151,11 @@ def _throughput(row: Row, concurrency: int) -> str:
         return "-"
     parts = "" if entry.together == concurrency else f", {entry.together} at a time"
     return f"{entry.requests:.3g}{_over(entry)}{parts}"
+
+
+def _both(row: Row) -> str:
+    share = _shown(row.prefill_of_bound, " ({:.0%})")
+    return _shown(row.prefill_speedup, "{:.2f}x") + share
 
 
 def _over(entry: Throughput) -> str:

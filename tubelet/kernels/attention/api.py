@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.plan import AttentionPlan
-from tubelet.core.tensors import take_tokens
 from tubelet.kernels.attention import cpu, fa4, flex, reference, sdpa, triton_blocks
 from tubelet.kernels.attention.call import Call
 from tubelet.kernels.attention.checks import check
 from tubelet.kernels.attention.left_out import approximated
+from tubelet.kernels.attention.order import for_heads, inverse, permuted, restored
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "sdpa": sdpa,
@@ -27,6 +27,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
 PREFERENCES = {
     "dense": ("sdpa", "flex", "reference"),
     "block lists": ("fa4", "triton", "cpu", "flex", "reference"),
+    "causal block lists": ("fa4", "triton", "cpu", "flex", "reference"),
     "64 x 64 lists, heads of 64": ("triton", "fa4", "cpu", "flex", "reference"),
 }
 """Fastest first: the order in which `impl="auto"` asks, by kind of call, as measured on an H200
@@ -87,8 +88,8 @@ def attention(
     if plan.delta_rows is not None and call.mask is not None:
         out = _with_delta_rows(call, out, plan.delta_rows, name)
     if order is not None:
-        back = torch.argsort(order, dim=-1)
-        out, lse = _permute(out, back), _permute(lse[..., None], back)[..., 0]
+        back = inverse(order)
+        out, lse = restored(out, back), permuted(lse[..., None], back)[..., 0]
     return _compensated(out, plan), lse
 
 
@@ -158,6 +159,8 @@ def _call(
 def _kind(call: Call) -> str:
     if call.mask is None:
         return "dense"
+    if call.causal:
+        return "causal block lists"
     small = call.mask.block == (64, 64) and call.q.shape[3] == 64
     return "64 x 64 lists, heads of 64" if small else "block lists"
 
@@ -180,26 +183,14 @@ def _ordered(call: Call, order: Tensor | None) -> Call:
     keys = call.k.shape[2] if call.mask is None else call.mask.num_keys
     q, k, v, key_bias, places = call.q, call.k, call.v, call.key_bias, None
     if order is not None:
-        q, (k, v) = _permute(q, order), (_permute(x, order[:, :keys]) for x in (k, v))
+        q, (k, v) = permuted(q, order), (permuted(x, order[:, :keys]) for x in (k, v))
         key_bias = None if key_bias is None else key_bias[:, order[0, :keys]]
         if call.causal:
-            places = _for_heads(order, q.shape[1]).to(torch.int32)
+            places = for_heads(order, q.shape[1]).to(torch.int32)
     elif keys < k.shape[2]:
         k, v = k[:, :, :keys], v[:, :, :keys]
         key_bias = None if key_bias is None else key_bias[:, :keys]
     return replace(call, q=q, k=k, v=v, key_bias=key_bias, places=places)
-
-
-def _permute(x: Tensor, order: Tensor) -> Tensor:
-    if order.shape[0] == 1:
-        return take_tokens(x, order[0])
-    index = _for_heads(order, x.shape[1])[None, :, :, None]
-    return x.gather(2, index.expand(x.shape[0], -1, -1, x.shape[3]))
-
-
-def _for_heads(order: Tensor, heads: int) -> Tensor:
-    """One order per head from one per key head; one for all stays one."""
-    return order if order.shape[0] == 1 else order.repeat_interleave(heads // order.shape[0], 0)
 
 
 def _with_delta_rows(call: Call, out: Tensor, every: int, name: str) -> Tensor:

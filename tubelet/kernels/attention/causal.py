@@ -43,11 +43,7 @@ def causal_lists(call: Call) -> CausalLists:
     """The lists of a causal call, sorted; nothing is read back from the device."""
     mask, places = call.mask, places_of(call)
     assert mask is not None
-    never = places.shape[1]
-    keys = places[:, : mask.num_keys]
-    first_query, last_query = _spans(places, mask.block[0], never, -1)
-    # A ragged block counts as if it went on, so that it is never taken for a whole one.
-    first_key, last_key = _spans(keys, mask.block[1], never, never)
+    (first_query, last_query), (first_key, last_key) = spans(mask, places)
     slots = torch.arange(mask.indices.shape[3], device=places.device)
     live = slots < mask.counts[..., None]
     entries = mask.indices.masked_fill(~live, 0)
@@ -64,6 +60,14 @@ def causal_lists(call: Call) -> CausalLists:
     counts = num_whole + partial.sum(-1, dtype=torch.int32)
     kept = replace(mask, counts=counts, indices=lists[..., :-1].contiguous())
     return CausalLists(mask=kept, whole=num_whole.contiguous(), places=places.contiguous())
+
+
+def spans(mask: BlockMask, places: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """First and last place in each query block, [G, Mq] each, and in each key block, [G, Mk]."""
+    never = places.shape[1]
+    # A ragged block counts as if it went on, so that it is never taken for a whole one.
+    keys = _spans(places[:, : mask.num_keys], mask.block[1], never, never)
+    return _spans(places, mask.block[0], never, -1), keys
 
 
 def _spans(places: Tensor, block: int, early: int, late: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,11 @@
 
 The library ignores block lists on other GPUs without a word, so those are refused. Its kernels
 look for the end of the keys only in the last entry of a list (hence `tail_last`), and return
-zero output and a log-sum-exp of -inf for empty lists. Checked against version 4.0.0b36.
+zero output and a log-sum-exp of -inf for empty lists. Checked against version 4.0.0b36; causal
+calls were not run on a GPU yet.
+
+Of causal lists it computes the blocks that queries see whole; the Triton kernel adds the others,
+which are few, to its result.
 """
 
 from dataclasses import replace
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
+from tubelet.kernels.attention import triton_blocks
 from tubelet.kernels.attention.call import Call
 from tubelet.kernels.triton_support import on_device
 
@@ -42,27 +47,39 @@ def refuses(call: Call) -> str | None:
         return f"FlashAttention-4 is used for heads of width {WIDTHS}, got {q.shape[3]}"
     if call.key_bias is not None:
         return "FlashAttention-4 takes no key bias"
-    if call.causal:
-        return "causal calls were not measured with FlashAttention-4; Triton takes causal lists"
     if call.wants_gradient:
         return "FlashAttention-4 is used without its backward pass here; use torch.no_grad()"
     if mask is not None and _block(mask, capability[0]) is None:
         sizes = BLACKWELL if capability[0] == 10 else HOPPER
         return f"blocks of {mask.block} tokens cannot be split into any of {sizes}"
+    if call.causal and mask is not None and (reason := triton_blocks.refuses(call)) is not None:
+        return f"the blocks of a causal call that are seen in part go to Triton: {reason}"
     return None
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """FlashAttention-4, with the lists of the mask or dense."""
+    if not call.causal or call.mask is None:
+        return _run(call, call.mask)
+    causal = triton_blocks.causal_lists(call)
+    whole = replace(causal.mask, counts=causal.whole)
+    out, lse = _run(replace(call, causal=False), whole)
+    # In place, because a copy of the output would cost more than what is added.
+    out, lse = (out if out.stride(3) == 1 else out.contiguous()), lse.contiguous()
+    triton_blocks.add_partial(call, causal, out, lse)
+    return out, lse
+
+
+def _run(call: Call, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
 
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     lists = None
-    if call.mask is not None:
-        block = _block(call.mask, torch.cuda.get_device_capability(q.device)[0])
+    if mask is not None:
+        block = _block(mask, torch.cuda.get_device_capability(q.device)[0])
         assert block is not None
-        mask = call.mask.split(block).tail_last()
+        mask = mask.split(block).tail_last()
         if mask.indices.shape[3] == 0:
             mask = replace(mask, indices=mask.counts[..., None])
         # Every listed block is computed whole; the list of partly masked ones stays empty.
@@ -80,6 +97,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
             k,
             v,
             softmax_scale=call.scale,
+            causal=call.causal,
             pack_gqa=None if lists is None else False,
             block_sparse_tensors=lists,
             return_lse=True,

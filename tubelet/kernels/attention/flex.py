@@ -15,6 +15,9 @@ from torch import Tensor
 from tubelet.kernels.attention.call import Call
 from tubelet.kernels.attention.causal import causal_lists
 
+DENSE = 128
+"""Tokens per block of dense causal calls."""
+
 
 def refuses(call: Call) -> str | None:
     """Why these inputs cannot run here, or None."""
@@ -32,7 +35,7 @@ def refuses(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """FlexAttention with the block lists of the mask, or dense without one."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
+    from torch.nn.attention.flex_attention import AuxRequest
 
     q, k, v, key_bias = call.q, call.k, call.v, call.key_bias
     uncompiled = call.mask is not None and q.device.type == "cpu"
@@ -42,9 +45,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     if call.causal and call.mask is not None:
         block_mask = _causal_mask(call)
     elif call.causal:
-        block_mask = create_block_mask(
-            lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device=str(q.device)
-        )
+        block_mask = _triangle(q.shape[2], q.device)
     score_mod = None if key_bias is None else (lambda s, b, h, i, j: s + key_bias[b, j])
     # Past its limit of recompilations torch would fall back to materialising the map, or with
     # `fullgraph` refuse; models that shrink their sequence meet many shapes.
@@ -60,6 +61,36 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
             return_aux=AuxRequest(lse=True),
         )
     return out.masked_fill(_spoiled(call), torch.nan) if uncompiled else out, aux.lse
+
+
+@cache
+def _not_later() -> Any:
+    # One function for all calls: torch would compile again for another.
+    return lambda b, h, query, key: query >= key
+
+
+def _triangle(num: int, device: torch.device) -> Any:
+    """Ordinary causal attention; torch's own function would ask about every pair of tokens."""
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+    blocks = -(-num // DENSE)
+    places = torch.arange(blocks, dtype=torch.int32, device=device)
+    every = places.expand(1, 1, blocks, -1)
+    asked, whole = torch.ones_like(places)[None, None], places[None, None].clone()
+    diagonal = (places[:, None] + every).remainder(blocks)
+    if num % DENSE:
+        # All of a ragged last row is asked about, in the order in which torch lists blocks.
+        asked[..., -1], whole[..., -1] = blocks, 0
+        diagonal[..., -1, :] = places
+    return FlexBlockMask.from_kv_blocks(
+        asked,
+        diagonal.to(torch.int32).contiguous(),
+        whole,
+        every.contiguous(),
+        BLOCK_SIZE=DENSE,
+        mask_mod=_not_later(),
+        seq_lengths=(num, num),
+    )
 
 
 def _causal_mask(call: Call) -> Any:

@@ -5,13 +5,14 @@ a bias per key, and causal calls. With TRITON_INTERPRET=1 it runs on the CPU, sl
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
 from tubelet.kernels.attention.call import Call
-from tubelet.kernels.attention.causal import causal_lists
+from tubelet.kernels.attention.causal import CausalLists, places_of, spans
 from tubelet.kernels.triton_support import on_device, unavailable
 
 WIDEST = 256
@@ -23,6 +24,9 @@ TILES = {True: {64: (128, 64), 128: (128, 64), 256: (64, 32)},
 
 SHARED_MEMORY = 64 * 1024
 """Bytes of shared memory per program assumed where the device does not tell: AMD's."""
+
+LISTED = 1024
+"""Entries of a list that a program looks at together."""
 
 
 def refuses(call: Call) -> str | None:
@@ -51,11 +55,57 @@ def _refuses_tensors(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """Block-list attention."""
+    q, v = call.q, call.v
+    batch, heads, num, _ = q.shape
+    out = q.new_empty(batch, num, heads, v.shape[3]).transpose(1, 2)
+    lse = q.new_empty(batch, heads, num, dtype=torch.float32)
+    _attend(call, causal_lists(call) if call.causal else None, out, lse, continued=False)
+    return out, lse
+
+
+def add_partial(call: Call, causal: CausalLists, out: Tensor, lse: Tensor) -> None:
+    """Add the blocks that queries see in part to a result of those they see whole, in place.
+
+    Args:
+        call: A causal call that `refuses` takes.
+        causal: Its lists.
+        out, lse: [B, H, N, E] in q's dtype, rows without gaps, and [B, H, N] contiguous float32.
+    """
+    _attend(call, causal, out, lse, continued=True)
+
+
+def causal_lists(call: Call) -> CausalLists:
+    """As in `causal`, in one pass over the lists."""
+    from tubelet.kernels.attention import triton_kernels
+
+    mask, places = call.mask, places_of(call).contiguous()
+    assert mask is not None
+    queries, keys = spans(mask, places)
+    counts = mask.counts.contiguous()
+    indices = mask.indices if mask.indices.stride(3) == 1 else mask.indices.contiguous()
+    batch, heads = counts.shape[0], max(counts.shape[1], len(places))
+    rows, columns = mask.grid[0], indices.shape[3]
+    lengths, whole = (counts.new_empty(batch, heads, rows) for _ in range(2))
+    lists = indices.new_zeros(batch, heads, rows, columns)
+    with on_device(counts):
+        triton_kernels.causal_lists[(batch * heads * rows,)](
+            *(counts, indices, *queries, *keys, lengths, whole, lists),
+            *(_shared_steps(counts)[:2] + _shared_steps(indices)[:3]),
+            *(_shared_steps(x)[0] for x in (queries[0], keys[0])),
+            *(heads, rows, columns),
+            CHUNK=max(16, min(LISTED, 1 << max(columns - 1, 0).bit_length())),
+        )
+    kept = replace(mask, counts=lengths, indices=lists)
+    return CausalLists(mask=kept, whole=whole, places=places)
+
+
+def _attend(
+    call: Call, causal: CausalLists | None, out: Tensor, lse: Tensor, *, continued: bool
+) -> None:
     from tubelet.kernels.attention.triton_kernels import block_attention
 
     mask = call.mask
     assert mask is not None
-    causal = causal_lists(call) if call.causal else None
     mask = mask.tail_last() if causal is None else causal.mask
     (q, k, v), bias = (_rowwise(x) for x in (call.q, call.k, call.v)), call.key_bias
     counts, indices = (x.contiguous() for x in (mask.counts, mask.indices))
@@ -63,8 +113,6 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         indices = indices.new_zeros(*indices.shape[:3], 1)
     bias = None if bias is None else bias.float().contiguous()
     batch, heads, num, _ = q.shape
-    out = q.new_empty(batch, num, heads, v.shape[3]).transpose(1, 2)
-    lse = q.new_empty(batch, heads, num, dtype=torch.float32)
     # Never read where the call is not causal.
     whole, places = (counts, counts) if causal is None else (causal.whole, causal.places)
     tiles, shape = _shapes(q, v, mask.block)
@@ -81,11 +129,11 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
             BIASED=bias is not None,
             TAIL=mask.num_keys % mask.block[1] != 0,
             CAUSAL=causal is not None,
+            CONTINUED=continued,
             **tiles,
             **shape,
             **_launch(q, tiles, shape),
         )
-    return out, lse
 
 
 def adds_left_out(call: Call) -> bool:

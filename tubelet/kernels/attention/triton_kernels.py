@@ -83,14 +83,15 @@ def block_attention(
     heads, groups, num_queries, num_keys, scale,
     BQ: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     D: tl.constexpr, PD: tl.constexpr, E: tl.constexpr, PE: tl.constexpr,
-    BIASED: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr,
+    BIASED: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, CONTINUED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile over the key blocks of its list.
 
     Grid: batch x heads x query tiles. Lists hold a ragged last key block at their end (TAIL).
     Lists of CAUSAL calls begin with WHOLE blocks that every query sees; in the others, the ragged
-    one among them, a query sees keys of no later place. `scale` includes log2(e). LSE is
-    contiguous [B, H, N].
+    one among them, a query sees keys of no later place. CONTINUED calls find the result of the
+    former in OUT and LSE and add the latter. `scale` includes log2(e). LSE is contiguous
+    [B, H, N].
     """
     # One axis, because CUDA takes no more than 65,535 along the others.
     tiles = tl.cdiv(num_queries, TQ)
@@ -115,15 +116,23 @@ def block_attention(
         whole = tl.maximum(count - 1, 0)
     if CAUSAL:
         whole = tl.load(WHOLE + b64 * w_batch + h64 * w_head + block)
-    for i in range(whole * PARTS):
-        at = tl.load(entries + i // PARTS) * BK + (i % PARTS) * TK
-        k = _rows(keys, at, k_row, num_keys, False, TK, D, PD)
-        logits = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
-        if BIASED:
-            bias = tl.load(BIAS + b64 * b_batch + at + tl.arange(0, TK))
-            logits += bias[None, :] * LOG2E
-        v = _rows(values, at, v_row, num_keys, False, TK, E, PE)
-        m, total, acc = _absorb(m, total, acc, logits, v, BIASED)
+    out = OUT + b64 * o_batch + h64 * o_head
+    lse = LSE + bh.to(tl.int64) * num_queries
+    if CONTINUED:
+        inside = start + tl.arange(0, TQ)
+        m = tl.load(lse + inside, mask=inside < num_queries, other=float("-inf")) * LOG2E
+        total = tl.where(m == float("-inf"), 0.0, 1.0)
+        acc = _rows(out, start, o_row, num_queries, True, TQ, E, PE).to(tl.float32)
+    else:
+        for i in range(whole * PARTS):
+            at = tl.load(entries + i // PARTS) * BK + (i % PARTS) * TK
+            k = _rows(keys, at, k_row, num_keys, False, TK, D, PD)
+            logits = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+            if BIASED:
+                bias = tl.load(BIAS + b64 * b_batch + at + tl.arange(0, TK))
+                logits += bias[None, :] * LOG2E
+            v = _rows(values, at, v_row, num_keys, False, TK, E, PE)
+            m, total, acc = _absorb(m, total, acc, logits, v, BIASED)
     if TAIL or CAUSAL:
         # These entries may or may not need it; masking is right either way.
         rows = start + tl.arange(0, TQ)
@@ -145,20 +154,7 @@ def block_attention(
             logits = tl.where(seen, logits, float("-inf"))
             v = _rows(values, at, v_row, num_keys, True, TK, E, PE)
             m, total, acc = _absorb(m, total, acc, logits, v, True)
-    out = OUT + b64 * o_batch + h64 * o_head
-    _store(
-        m,
-        total,
-        acc,
-        out,
-        o_row,
-        LSE + bh.to(tl.int64) * num_queries,
-        start,
-        num_queries,
-        TQ,
-        E,
-        PE,
-    )
+    _store(m, total, acc, out, o_row, lse, start, num_queries, TQ, E, PE)
 
 
 @triton.jit
@@ -204,3 +200,45 @@ def add_left_out(
         v = _rows(VMEAN + pooled * E, at, E, columns, True, TK, E, PE)
         m, total, acc = _absorb(m, total, acc, logits, v, True)
     _store(m, total, acc, out, o_row, lse, start, num_queries, TQ, E, PE)
+
+
+@triton.jit
+@no_type_check
+def causal_lists(
+    COUNTS, INDICES, FIRST_QUERY, LAST_QUERY, FIRST_KEY, LAST_KEY, LENGTHS, WHOLE, LISTS,
+    c_batch, c_head, i_batch, i_head, i_row, q_head, k_head, heads, rows, columns,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One list without what is later than its queries; blocks that are seen whole come first.
+
+    Grid: batch x heads x rows. LENGTHS and WHOLE are contiguous [B, H, rows], LISTS too,
+    [B, H, rows, columns]; the others are read by their strides, 0 where heads share them.
+    """
+    row, bh = tl.program_id(0) % rows, tl.program_id(0) // rows
+    b64, h64 = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    count = tl.load(COUNTS + b64 * c_batch + h64 * c_head + row)
+    given = INDICES + b64 * i_batch + h64 * i_head + row.to(tl.int64) * i_row
+    first = tl.load(FIRST_QUERY + h64 * q_head + row)
+    last = tl.load(LAST_QUERY + h64 * q_head + row)
+    from_key, to_key = FIRST_KEY + h64 * k_head, LAST_KEY + h64 * k_head
+    wholes = tl.zeros([], tl.int32)
+    for start in range(0, count, CHUNK):
+        live = start + tl.arange(0, CHUNK) < count
+        entry = tl.load(given + start + tl.arange(0, CHUNK), mask=live, other=0)
+        early = tl.load(to_key + entry, mask=live, other=0) <= first
+        wholes += tl.sum((live & early).to(tl.int32), 0)
+    place = tl.program_id(0).to(tl.int64)
+    target = LISTS + place * columns
+    number, behind = tl.zeros([], tl.int32), wholes
+    for start in range(0, count, CHUNK):
+        live = start + tl.arange(0, CHUNK) < count
+        entry = tl.load(given + start + tl.arange(0, CHUNK), mask=live, other=0)
+        early = tl.load(to_key + entry, mask=live, other=0) <= first
+        begun = tl.load(from_key + entry, mask=live, other=0) <= last
+        whole, part = (live & early).to(tl.int32), (live & begun & (early == 0)).to(tl.int32)
+        tl.store(target + number + tl.cumsum(whole, 0) - 1, entry, mask=whole == 1)
+        tl.store(target + behind + tl.cumsum(part, 0) - 1, entry, mask=part == 1)
+        number += tl.sum(whole, 0)
+        behind += tl.sum(part, 0)
+    tl.store(WHOLE + place, wholes)
+    tl.store(LENGTHS + place, behind)

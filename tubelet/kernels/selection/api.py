@@ -110,6 +110,14 @@ class FusedTools(PlainTools):
             return super().at_least(score, k)
         return fused.above(score, k)
 
+    def max_min(
+        self, x: Float[Tensor, "b n d"], k: int, weight: Float[Tensor, "b n"] | None = None
+    ) -> Bool[Tensor, "b n"]:
+        """As in `PlainTools`, in one launch behind one product of all pairs, which is kept."""
+        if not 1 <= k <= x.shape[1] <= fused.WIDEST or not takes(x):
+            return super().max_min(x, k, weight)
+        return fused.max_min(x, k, weight)
+
     def mask(
         self,
         kept: Bool[Tensor, "b h mq mk"],

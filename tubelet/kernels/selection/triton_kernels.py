@@ -336,3 +336,30 @@ def lists(KEPT, COUNTS, INDICES, columns, CHUNK: tl.constexpr):  # fmt: skip
         tl.store(INDICES + row * columns + slot, at, mask=kept == 1)
         count += tl.sum(kept, 0)
     tl.store(COUNTS + row, count)
+
+
+@triton.jit
+@no_type_check
+def max_min(DISTANCE, WEIGHT, FIRST, CHOSEN, num, k, WEIGHTED: tl.constexpr,
+            WIDTH: tl.constexpr):  # fmt: skip
+    """`k` times the token farthest from those chosen. Grid: batch.
+
+    How far each token is from those chosen stays in registers; -inf for the chosen ones.
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, WIDTH)
+    gap = tl.where(at < num, float("inf"), float("-inf"))
+    pick = tl.load(FIRST + sample).to(tl.int32)
+    if WEIGHTED:
+        weight = tl.load(WEIGHT + sample * num + at, mask=at < num, other=0.0)
+    for _ in range(k):
+        tl.store(CHOSEN + sample * num + pick, 1)
+        row = DISTANCE + (sample * num + pick) * num
+        distance = tl.load(row + at, mask=at < num, other=0.0).to(tl.float32)
+        gap = tl.where(at == pick, float("-inf"), tl.minimum(gap, distance))
+        worth = gap
+        if WEIGHTED:
+            # The product of -inf and a weight of zero is no number.
+            free = gap > float("-inf")
+            worth = tl.where(free, tl.where(free, gap, 0.0) * weight, gap)
+        pick = tl.argmax(worth, 0).to(tl.int32)

@@ -8,9 +8,13 @@ from torch import Tensor
 
 from tubelet.kernels.triton_support import on_device
 from tubelet.ops.block_score import WORKSPACE, antidiagonal_squares
+from tubelet.ops.select import other_distances
 
 WIDEST = 32768
-"""Longest row of logits that one program holds."""
+"""Longest row of logits or distances that one program holds."""
+
+DISTANCES = 2**30
+"""Most bytes of a table of distances in float32; 16,384 tokens fill it."""
 
 LOG2E = math.log2(math.e)
 
@@ -207,6 +211,38 @@ def _above_in_long_rows(
             SEGMENTS=_power(segments),
             num_warps=8,
         )
+
+
+def max_min(x: Tensor, k: int, weight: Tensor | None) -> Tensor:
+    """All distances first, then one program per row takes all its `k` steps, each of which reads
+    one row of the distances.
+
+    Distances keep float32 while they take up to `DISTANCES` bytes, and float16 beyond.
+    """
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    batch, num = x.shape[:2]
+    wide = batch * num * num * 4 <= DISTANCES
+    dtype = torch.float32 if wide else torch.float16
+    distance = torch.empty(batch, num, num, dtype=dtype, device=x.device)
+    nearest = torch.empty(batch, num, device=x.device)
+    for start, part in other_distances(x):
+        rows = slice(start, start + part.shape[1])
+        distance[:, rows] = part
+        nearest[:, rows] = part.amin(2)
+    weight = None if weight is None else weight.float().contiguous()
+    first = (nearest if weight is None else nearest * weight).argmax(1)
+    chosen = torch.zeros(batch, num, dtype=torch.bool, device=x.device)
+    width = max(16, _power(num))
+    with on_device(x):
+        kernels.max_min[(batch,)](
+            *(distance, distance if weight is None else weight, first, chosen.view(torch.uint8)),
+            *(num, k),
+            WEIGHTED=weight is not None,
+            WIDTH=width,
+            num_warps=min(32, max(1, width // 512)),
+        )
+    return chosen
 
 
 def lists(kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""`tubelet bench answers`: accuracy of the small video language model against kept tokens."""
