@@ -78,8 +78,10 @@ def _kernels() -> list[Finding]:
 def _preference(device: str) -> Finding:
     """What `impl="auto"` tries, fastest first, of what can run on the device."""
     orders = []
-    for (what, names), block in zip(PREFERENCES.items(), (None, 128, 64), strict=True):
-        usable = [n for n in names if not _refusal(n, device, block)]
+    for what, names in PREFERENCES.items():
+        block = None if what == "dense" else 64 if what.startswith("64") else 128
+        causal = what.startswith("causal")
+        usable = [n for n in names if not _refusal(n, device, block, causal=causal)]
         orders.append(f"{what}: {', '.join(usable)}")
     return Finding(f"attention on {device}", "; ".join(orders), True)
 
@@ -97,7 +99,11 @@ def _taken(name: str, device: str, what: str, block: int | None) -> str:
 
 
 def _refusal(
-    name: str, device: str, block: int | None, dtype: torch.dtype = torch.bfloat16
+    name: str,
+    device: str,
+    block: int | None,
+    dtype: torch.dtype = torch.bfloat16,
+    causal: bool = False,
 ) -> str | None:
     q = torch.zeros(1, 1, 256, 64, device=device, dtype=dtype)
     mask = None
@@ -105,4 +111,4 @@ def _refusal(
         kept = torch.ones(1, 1, 256 // block, 256 // block, dtype=torch.bool)
         mask = BlockMask.from_dense(kept, block=(block, block), num_queries=256, num_keys=256)
     with torch.no_grad():
-        return why_not(name, q, q, q, AttentionPlan(mask=mask))
+        return why_not(name, q, q, q, AttentionPlan(mask=mask), causal=causal)
