@@ -96,7 +96,7 @@ def test_doctor_tells_which_kernels_take_block_lists(run) -> None:
     assert "no block lists" in found["attention sdpa on cpu"]
     assert found["attention on cpu"] == (
         "dense: sdpa, flex, reference; block lists: cpu, flex, reference; "
-        "64 x 64 lists, heads of 64: cpu, flex, reference"
+        "causal block lists: cpu, flex, reference; 64 x 64 lists, heads of 64: cpu, flex, reference"
     )
 
 

@@ -1,13 +1,14 @@
 """`tubelet bench llm`: files, refusals, runs cut off, joining."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tubelet.bench.llm import run as llm_run
 from tubelet.bench.llm.page import render
-from tubelet.bench.llm.result import LLMRun, Row, read_runs
+from tubelet.bench.llm.result import LLMRun, Row, Throughput, merged, read_runs
 from tubelet.bench.llm.run import FILES, default_combinations
 from tubelet.bench.llm.table import cells, headers, markdown
 from tubelet.core.errors import RecipeError
@@ -134,9 +135,30 @@ def test_shards_share_the_recipes_and_join(monkeypatch, run, tmp_path):
         llm_run.run_llm(request, lambda *what: None, lambda words: None)
         files.append(out / "llm.json")
     joined = llm_run.join_files(files, tmp_path / "both")
-    seen = [row.name for one in joined for row in one.rows[1:]]
+    (whole,) = joined
+    assert [row.name for row in whole.rows].count("dense") == 1
+    assert whole.dense.name == "dense"
+    seen = [row.name for row in whole.rows[1:]]
     assert sorted(seen) == sorted(str(c[0]) for c in default_combinations(0.25))
+    assert "2 processes" in whole.notes[-1]
     assert read_runs(tmp_path / "both" / "llm.json") == joined
+
+
+@pytest.mark.parametrize("change", ["seed", "commit", "concurrency"])
+def test_runs_of_other_settings_stay_apart(monkeypatch, tmp_path, change):
+    monkeypatch.setattr(llm_run.LLMBench, "dense", lambda self: Row(name="dense", bound=1.0))
+    monkeypatch.setattr(llm_run.LLMBench, "attempt", lambda self, r: Row(name=str(r[0])))
+    monkeypatch.setattr(llm_run, "_without_effect", lambda row: False)
+    monkeypatch.setattr(llm_run, "render", lambda runs: "")
+    request = llm_run.Request(out=tmp_path, quick=True, dtype="float32")
+    runs = [llm_run.run_llm(request, lambda *w: None, lambda w: None)[0] for _ in range(2)]
+    if change == "seed":
+        runs[1] = replace(runs[1], seed=1)
+    elif change == "commit":
+        runs[1].environment["commit"] = "another"
+    else:
+        runs[1].dense.throughput.append(Throughput(concurrency=8))
+    assert merged(runs) == runs
 
 
 def test_controls_come_first_at_the_ratio_that_was_asked_for():

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,43 @@ def write_runs(path: str | os.PathLike[str], runs: Sequence[LLMRun]) -> Path:
     """Write runs; the file appears whole or not at all."""
     data = {"kind": KIND, "schema": SCHEMA, "runs": [run.to_dict() for run in runs]}
     return write_whole(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def merged(runs: Sequence[LLMRun]) -> list[LLMRun]:
+    """Shards of one measurement as one run: those that differ only in command, rows and notes.
+
+    The first dense row stays; ratios of the others are to the dense row of their own process.
+    """
+    groups: list[list[LLMRun]] = []
+    for run in runs:
+        same = next((group for group in groups if _setting(group[0]) == _setting(run)), None)
+        groups.append([run]) if same is None else same.append(run)
+    return [_one(group) for group in groups]
+
+
+def _setting(run: LLMRun) -> dict[str, Any]:
+    """All that two runs must share to be shards of one."""
+    own = {name: value for name, value in run.to_dict().items() if name not in ("rows", "notes")}
+    where = {name: value for name, value in run.environment.items() if name != "command"}
+    return own | {"environment": where, "concurrencies": run.concurrencies}
+
+
+def _one(group: Sequence[LLMRun]) -> LLMRun:
+    if len(group) == 1:
+        return group[0]
+    first = group[0]
+    commands = dict.fromkeys(run.environment["command"] for run in group)
+    notes = dict.fromkeys(note for run in group for note in run.notes)
+    note = (
+        f"measured by {len(group)} processes, each on a device of its own; ratios are to the dense "
+        "model of the same process, of which the first is shown"
+    )
+    return replace(
+        first,
+        environment={**first.environment, "command": "; ".join(commands)},
+        rows=[first.dense, *(row for run in group for row in run.rows[1:])],
+        notes=[*notes, note],
+    )
 
 
 def read_runs(path: str | os.PathLike[str]) -> list[LLMRun]:

@@ -18,7 +18,7 @@ from tubelet.bench.llm.inputs import Task, read_frames
 from tubelet.bench.llm.measure import Announce, LLMBench
 from tubelet.bench.llm.packed import packed_vision
 from tubelet.bench.llm.page import render
-from tubelet.bench.llm.result import LLMRun, Row, read_runs, write_runs
+from tubelet.bench.llm.result import LLMRun, Row, merged, read_runs, write_runs
 from tubelet.bench.llm.table import markdown
 from tubelet.bench.run import hush_transformers
 from tubelet.core.errors import NoEffectWarning, TubeletError
@@ -132,13 +132,13 @@ def run_llm(request: Request, progress: Progress, announce: Announce) -> list[LL
 
 
 def join_files(paths: Sequence[str | os.PathLike[str]], out: Path) -> list[LLMRun]:
-    """Put the runs of several files into one, and write the same files.
+    """Put the runs of several files into one, shards of a run together, and write the same files.
 
     Raises:
         TubeletError: A file cannot be read, or the folder cannot be written.
     """
     check_folder(out, FILES)
-    runs = [run for path in paths for run in read_runs(path)]
+    runs = merged([run for path in paths for run in read_runs(path)])
     out.mkdir(parents=True, exist_ok=True)
     write(out, runs)
     return runs
