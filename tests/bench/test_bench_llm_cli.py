@@ -63,7 +63,10 @@ def test_table_and_page_tell_what_was_not_measured(found):
         assert "from layer 2 on" in text
         assert "random weights" in text
     assert len({len(cells(row, found)) for row in found.rows}) == 1
-    assert shown.count("\n| ") == 1 + len(found.rows)
+    assert shown.count("\n| ") == 1 + sum(row.error is None for row in found.rows)
+    # No sparse prefill was measured.
+    assert "| kept |" in shown
+    assert "density" not in shown
     assert "<script" not in page
     assert "http" not in page
     # A bar for each row that was measured, and the bound of each recipe.

@@ -104,10 +104,14 @@ def _markdown(run: LLMRun) -> str:
     ]
     if run.decode_video is not None:
         told.append(f"Reading the clip took {run.decode_video:.2f} s, not counted below.")
-    names = headers(run)
+    measured = [row for row in run.rows if row.error is None]
+    table = [cells(row, run) for row in measured]
+    # Columns without a figure say nothing.
+    kept = [any(text != "-" for text in column) for column in zip(*table, strict=True)]
+    names = list(compress(headers(run), kept))
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    for row in run.rows:
-        shown = cells(row, run)
+    for row, texts in zip(measured, table, strict=True):
+        shown = list(compress(texts, kept))
         first = shown[0] if row is run.dense else f"`{shown[0]}`"
         lines.append("| " + " | ".join([first, *shown[1:]]) + " |")
     left_out = [f"- not measured: `{name}`: {why}" for name, why in failures(run)]
