@@ -10,7 +10,10 @@ from tubelet.core.assignment import TokenAssignment
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.recipe import TokenReduction
 from tubelet.models.accelerate import accelerate
+from tubelet.models.catalogue import adapters, refusal
+from tubelet.models.video_llm import VideoLLMAdapter
 from tubelet.recipes import EVAD, RLT, RandomDrop, TempScale, ToMe, UniformPool
+from tubelet.recipes import catalogue as all_recipes
 from tubelet.testing import catalogue, tiny
 
 
@@ -141,3 +144,16 @@ def test_float64_hosts_take_a_size_bias_and_entropy() -> None:
     with accelerate(model, *recipes):
         double = catalogue.logits(model, pixels.double())
     torch.testing.assert_close(single.double(), double, atol=1e-3, rtol=1e-3)
+
+
+LANGUAGE_STAGES = {"prompt", "layers", "prefill", "cache", "cache reads"}
+
+
+@pytest.mark.parametrize("adapter", adapters(), ids=lambda adapter: adapter.family)
+def test_only_language_models_are_said_to_take_recipes_for_prompts_and_caches(adapter) -> None:
+    for lacks in adapter.variants().values():
+        stages = {cls.stage for cls in all_recipes().values() if refusal(cls, lacks) is None}
+        if isinstance(adapter, VideoLLMAdapter):
+            assert stages == LANGUAGE_STAGES
+        else:
+            assert not stages & LANGUAGE_STAGES

@@ -58,6 +58,7 @@ class BuiltModel:
 ONLY_ENCODES = {
     "generator": "an encoder runs once, not in denoising steps",
     "video prompt": "an encoder reads a video, not a prompt",
+    "kv cache": "an encoder runs once and keeps no keys and values",
 }
 
 NOT_JOINT = {"joint": "divided attention joins the frames of a place, then the places of a frame"}
