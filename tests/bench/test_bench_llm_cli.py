@@ -228,6 +228,7 @@ def test_a_local_folder_takes_the_place_of_a_preset(run, tmp_path):
 def test_compare_points_to_the_commands_for_language_models(run, tmp_path):
     out = tmp_path / "out"
     refused(run("compare", "sample", "--model", "qwen3-vl-8b", "--out", out), "bench llm", "ask")
+    refused(run("compare", "sample", "--model", "tubelet-llm", "--out", out), "bench llm", "ask")
     assert not out.exists()
 
 

@@ -137,8 +137,10 @@ def _compare_generator(
 
 def _refuse_llm(model: str) -> None:
     from tubelet.models.llm_presets import is_llm
+    from tubelet.nn.weights import read_card, shipped
 
-    if is_llm(model):
+    own = model in shipped() and read_card(model).architecture == "VideoLLM"
+    if own or is_llm(model):
         raise TubeletError(
             f"{model} is a video language model: `tubelet bench llm` measures it dense and with "
             "recipes, `tubelet ask` compares answers of a trained one on a clip"
