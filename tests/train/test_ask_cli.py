@@ -110,6 +110,7 @@ def test_clips_unlike_those_of_the_training_come_with_a_word_of_warning(run, mod
         (("sample", QUESTION, "--model", "tubelet-vit"), "wanted a VideoLLM"),
         (("sample", QUESTION, "--model", "nothing"), "no weights 'nothing'"),
         (("sample", "?", "--top", 0), "top"),
+        (("sample", QUESTION, "--top", 1000), "--top 1000: the model knows"),
         (("sample", " "), "the question is empty"),
         (("sample", QUESTION, "--device", "quantum"), "device"),
     ],

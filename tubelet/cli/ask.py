@@ -10,6 +10,7 @@ from rich.table import Table
 
 from tubelet.cli.app import Json, app, console, print_json, progress_bar
 from tubelet.cli.clips import FPS
+from tubelet.core.errors import UnsupportedError
 
 MODEL, SAMPLE = "tubelet-llm", "sample"
 ANSWER_TOKENS = 4
@@ -72,6 +73,9 @@ def _answers(
     hush_transformers()
     llm = load_weights(model, expect="VideoLLM", device=place)
     refuse_early(llm.host, variants[1:])
+    known = llm.host.config.get_text_config().vocab_size
+    if top > known:
+        raise UnsupportedError(f"--top {top}: the model knows {known} words")
     prompt = {name: x.to(place) for name, x in llm.prompts([question]).items()}
     tell("decoding the clip", 0, 1)
     started = time.perf_counter()

@@ -7,6 +7,7 @@ what its recipe picks, by gathering; everything stays in the cache.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,9 @@ from tubelet.core.errors import ShapeError, UnsupportedError
 from tubelet.core.kv import BITS, ReadContext, StoreContext
 from tubelet.core.recipe import KVPolicy, KVReads, KVStorage
 from tubelet.models.kv_cache import stored_layer, take_over
+from tubelet.models.layer_runtime import refuse_replay
 from tubelet.models.watched_attention import HostAttention, put_around
+from tubelet.models.whole_prompt import asked
 
 if TYPE_CHECKING:
     from tubelet.models.prompt_runtime import PromptRuntime, Run
@@ -96,6 +99,7 @@ class KVRuntime:
         for registered in hooks:
             self.handle.on_remove(registered.remove)
         self.prompts.checks.append(self._check_generation)
+        self.prompts.endings.append(self._leave)
 
     # Refusals
 
@@ -115,38 +119,33 @@ class KVRuntime:
             )
 
     def _check_generation(self, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        sources = (given.get("generation_config"), self.model.generation_config)
-
-        def asked(name: str) -> Any:
-            value = inputs.get(name)
-            for source in sources:
-                value = getattr(source, name, None) if value is None else value
-            return value
-
+        option = partial(asked, self.model, given, inputs)
         reason = None
-        if (asked("num_beams") or 1) > 1:
+        if (option("num_beams") or 1) > 1:
             reason = "beam search reorders the cache (num_beams); decode greedily or sample"
-        elif asked("prompt_lookup_num_tokens") or asked("assistant_early_exit"):
+        elif option("prompt_lookup_num_tokens") or option("assistant_early_exit"):
             reason = "assisted decoding takes tokens back out of the cache; leave it out"
-        elif asked("cache_implementation") not in (None, "dynamic"):
+        elif option("cache_implementation") not in (None, "dynamic"):
             reason = (
-                f"a cache of fixed make ({asked('cache_implementation')}) can neither be stored "
+                f"a cache of fixed make ({option('cache_implementation')}) can neither be stored "
                 "in fewer bits nor read in part; leave cache_implementation out"
             )
-        elif asked("use_cache") is False:
+        elif option("use_cache") is False:
             reason = "use_cache=False leaves no cache; leave it out, or remove() the recipes"
-        elif asked("prefill_chunk_size"):
+        elif option("prefill_chunk_size"):
             reason = "the decision is about the whole prompt; leave prefill_chunk_size out"
         if reason is not None:
             raise UnsupportedError(f"recipes for caches cannot go with this: {reason}")
 
     # Calls
 
+    @torch.compiler.disable
     def _enter(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call of the language model begins."""
         run = self.prompts.run
         if run is None:
             return None
+        refuse_replay(text, "what a cache holds")
         held, num = kwargs.get("past_key_values"), kwargs["inputs_embeds"].shape[1]
         if held is None:
             held = self._new_cache(kwargs.get("use_cache"))
@@ -183,6 +182,7 @@ class KVRuntime:
             )
         return DynamicCache(config=self.text.config)
 
+    @torch.compiler.disable
     def _leave(self) -> None:
         """The call is over, also by an error."""
         call, self.call = self.call, None
@@ -232,6 +232,7 @@ class KVRuntime:
 
     # Reads
 
+    @torch.compiler.disable
     def _read(
         self, call: KVCall, layer: int, k: Tensor, v: Tensor, mask: Any
     ) -> tuple[Tensor, Tensor, Any]:
@@ -265,6 +266,7 @@ class KVRuntime:
 
     # Storage
 
+    @torch.compiler.disable
     def _store(self, call: KVCall, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
         """Store the tokens that wait in a layer, if it is time."""
         recipe, held = self.storage[layer], call.cache.layers[layer]

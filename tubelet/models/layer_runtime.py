@@ -65,7 +65,7 @@ class Stage:
             video=prompt.video,
             original=prompt.original,
             size=prompt.size,
-            full=bool(prompt.mask.all()),
+            full=prompt.full,
         )
 
 
@@ -102,6 +102,12 @@ class Call:
     def whole_prompt(self) -> bool:
         """Whether the call holds all of the prompt."""
         return self.past == 0 and self.num >= self.run.prompt.length
+
+
+def refuse_replay(text: Any, what: str) -> None:
+    """Refuse gradient checkpointing: layers run again when their call is over."""
+    if text.training and getattr(text, "gradient_checkpointing", False):
+        raise UnsupportedError(f"gradient checkpointing cannot replay {what}")
 
 
 class LayerRuntime:
@@ -197,8 +203,7 @@ class LayerRuntime:
         self.seen.clear()
 
     def _check_call(self, call: Call) -> None:
-        if self.text.training and getattr(self.text, "gradient_checkpointing", False):
-            raise UnsupportedError("gradient checkpointing cannot replay a token reduction")
+        refuse_replay(self.text, "a token reduction")
         if not call.whole_prompt and call.past < call.run.prompt.length:
             raise UnsupportedError(
                 "recipes inside the language model decide on the whole prompt, but it came in parts"

@@ -22,7 +22,7 @@ from tubelet.core.prefill import PrefillContext
 from tubelet.core.recipe import SparsePrefill
 from tubelet.kernels.attention import attention, choose
 from tubelet.kernels.selection import TOOLS
-from tubelet.models.layer_runtime import Call, LayerRuntime, Stage
+from tubelet.models.layer_runtime import Call, LayerRuntime, Stage, refuse_replay
 from tubelet.models.prefill_verify import check_blocks
 from tubelet.models.watched_attention import compute_instead
 
@@ -125,6 +125,7 @@ class PrefillRuntime:
         (site, recipe), call = self.crew[module], self.layers.call
         if call is None:
             return host()
+        refuse_replay(self.text, "sparse attention")
         if not call.whole_prompt:
             if call.past < call.run.prompt.length:
                 raise UnsupportedError(
@@ -179,6 +180,7 @@ class PrefillRuntime:
             found.append((ctx, layout, num))
         return found
 
+    @torch.compiler.disable
     def _prompt(self, recipe: SparsePrefill, ctx: PrefillContext) -> Tensor | None:
         """Output [1, H, N, D] for one prompt; None where its plan is dense."""
         report, options = self.handle.report(), self.handle.options

@@ -1,7 +1,8 @@
 """Prompts of video language models: where their videos are, and the same prompt made shorter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,12 +44,10 @@ class VideoRows:
     Args:
         rows: [R, C] projected features, in the order of the placeholders.
         planes: More features [R, C] that the host adds behind its first layers.
-        own: [N, C] those of `rows` that are the video's own tokens, as its recipe saw them.
     """
 
     rows: Tensor
     planes: tuple[Tensor, ...] = ()
-    own: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,6 @@ class Prompt:
     width: int
     features: Tensor | None = None
     planes: tuple[Tensor, ...] = ()
-    _rows: list[Tensor] = field(default_factory=list)
 
     @property
     def batch(self) -> int:
@@ -96,6 +94,11 @@ class Prompt:
     def length(self) -> int:
         """Tokens of a prompt, padding included."""
         return self.ids.shape[1]
+
+    @cached_property
+    def full(self) -> bool:
+        """No padding."""
+        return bool(self.mask.all())
 
     def rows_of(self, start: int, num: int, copies: int) -> tuple[Tensor, Tensor] | None:
         """Features that a call on the columns [start, start + num) has to write.
@@ -124,7 +127,7 @@ def unreduced(
     """The prompts as the user gave them, which the host encodes itself."""
     batch, width = ids.shape
     video = torch.zeros_like(mask)
-    written, original = torch.zeros_like(mask), torch.zeros_like(ids)
+    written, original = torch.zeros_like(mask), torch.zeros_like(ids, dtype=torch.int64)
     for place in places:
         row = place.sample
         first = video[row].sum()
@@ -264,12 +267,11 @@ def _reduced(place: VideoPlace, video: VideoRows, plan: TokenAssignment | None) 
     kept = place.grid_rows[plan.anchor[0]]
     order = torch.argsort(torch.cat([kept, others.nonzero()[:, 0]]), stable=True)
 
-    def reduced(x: Tensor, own: Tensor | None = None) -> Tensor:
-        own = x[place.grid_rows] if own is None else own
-        return torch.cat([plan.reduce(own[None])[0], x[others]])[order]
+    def reduced(x: Tensor) -> Tensor:
+        return torch.cat([plan.reduce(x[place.grid_rows][None])[0], x[others]])[order]
 
     planes = tuple(reduced(plane) for plane in video.planes)
-    return VideoRows(rows=reduced(video.rows, video.own), planes=planes)
+    return VideoRows(rows=reduced(video.rows), planes=planes)
 
 
 def earliest_member(plan: TokenAssignment) -> Tensor:

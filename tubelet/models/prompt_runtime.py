@@ -8,6 +8,7 @@ follows from the columns of the call alone.
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from tubelet.models.prompt import (
     unreduced,
 )
 from tubelet.models.vision_statistics import VisionWatch
+from tubelet.models.whole_prompt import WholePrompt, asked, inferred_mask
 
 if TYPE_CHECKING:
     from tubelet.models.video_llm import VideoLLMAdapter
@@ -41,10 +43,10 @@ STATE = "_tubelet_run"
 
 
 class Run:
-    """One prompt from its first token to the last of its answer."""
+    """One prompt from its first token to the last of its answer, under some recipes."""
 
-    def __init__(self, prompt: Prompt) -> None:
-        self.prompt = prompt
+    def __init__(self, prompt: Prompt, recipes: tuple[str, ...]) -> None:
+        self.prompt, self.recipes = prompt, recipes
         self.cuts: dict[int, Cut] = {}
         self.assigned: dict[int, TokenAssignment] = {}
         """Where the video tokens of each prompt that has any went so far."""
@@ -99,7 +101,13 @@ class PromptRuntime:
         """Whether a prompt may go without a video, or have images beside it."""
         self.checks: list[Callable[[Mapping[str, Any], Mapping[str, Any]], None]] = []
         """What else may refuse a generation: other arguments of `generate`, then its inputs."""
-        self.generating = False
+        self.endings: list[Callable[[], None]] = [self.layers.leave, self.vision.stop]
+        """What forgets a generation, also one that was interrupted."""
+        self.generating: int | None = None
+        """Thread of the generation that runs."""
+        self._turn = threading.Lock()
+        self._entered = False
+        """Whether a direct call has begun that has not reached the base model yet."""
         self.written: tuple[Tensor, Tensor] | None = None
 
     # Hooks
@@ -142,21 +150,35 @@ class PromptRuntime:
         inputs = given.pop("kwargs", {})
         if given.get("inputs") is not None:
             inputs["input_ids"] = given.pop("inputs")
-        self._check_generation(given, inputs)
-        ids = inputs.get("input_ids")
-        run, inputs = self._begin(inputs)
-        self._adapt_lengths(run.prompt, given, inputs)
-        self.run, self.generating = run, True
+        if not self._turn.acquire(blocking=False):
+            raise UnsupportedError(
+                "this model is generating already; its recipes remember one prompt at a time"
+            )
         try:
-            result = original(**given, **inputs)
+            self._check_generation(given, inputs)
+            inputs |= inferred_mask(self.model, given, inputs)
+            ids = inputs.get("input_ids")
+            run, inputs = self._begin(inputs)
+            whole = WholePrompt(ids, run.prompt)
+            if run.prompt.features is not None:
+                inputs |= whole.lengths(self.model, given, inputs)
+                given = whole.shown(given)
+            self._attach(run, (inputs.get("past_key_values"),))
+            self.run, self.generating = run, threading.get_ident()
+            return self._with_whole_prompt(run, whole, original(**given, **inputs))
         finally:
-            self.run, self.generating = None, False
-            self.vision.stop()
-        return self._with_whole_prompt(run, ids, result)
+            self.generating = None
+            self._forget()
+            self._turn.release()
+
+    def _forget(self) -> None:
+        """No call runs; hooks that end one are not called when the user interrupts it."""
+        self.run = None
+        for end in self.endings:
+            end()
 
     def _check_generation(self, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        cache = inputs.get("past_key_values")
-        if cache is not None and int(cache.get_seq_length()) > 0:
+        if _past(inputs.get("past_key_values")) > 0:
             raise UnsupportedError(
                 "generate() from a cache that is filled already cannot be shortened: its tokens "
                 "and those of the prompt do not match; start from an empty cache"
@@ -166,76 +188,109 @@ class PromptRuntime:
                 "a draft model would get the shortened prompt without its video; use "
                 "prompt_lookup_num_tokens for assisted decoding, or remove() the recipes"
             )
+        if asked(self.model, given, inputs, "guidance_scale") not in (None, 1):
+            raise UnsupportedError(
+                "guidance_scale runs a second prompt beside that with the video; leave it out, or "
+                "remove() the recipes"
+            )
         self.layers.check_generation(given.get("generation_config"), inputs)
         for check in self.checks:
             check(given, inputs)
 
-    def _adapt_lengths(
-        self, prompt: Prompt, given: Mapping[str, Any], inputs: dict[str, Any]
-    ) -> None:
-        # Lengths in total count the whole prompt, which the host never sees.
-        dropped = prompt.width - prompt.length
-        for name in ("max_length", "min_length"):
-            value = inputs.get(name)
-            if value is None:
-                value = getattr(given.get("generation_config"), name, None)
-            if value and dropped:
-                inputs[name] = max(value - dropped, 0)
-
-    def _with_whole_prompt(self, run: Run, ids: Tensor, result: Any) -> Any:
+    def _with_whole_prompt(self, run: Run, whole: WholePrompt, result: Any) -> Any:
         """What `generate` returned, with the prompt as the user gave it in front."""
-        tokens = result if isinstance(result, Tensor) else result.sequences
-        front = ids.repeat_interleave(len(tokens) // len(ids), 0)
-        tokens = torch.cat([front, tokens[:, run.prompt.length :]], dim=1)
         if isinstance(result, Tensor):
-            return tokens
-        result.sequences = tokens
+            return whole.in_front(result)
+        result.sequences = whole.in_front(result.sequences)
         self._attach(run, result)
         return result
 
     def _attach(self, run: Run, result: Any) -> None:
-        cache = getattr(result, "past_key_values", None)
-        if cache is not None:
-            setattr(cache, STATE, run)
+        parts = result if isinstance(result, tuple) else [getattr(result, "past_key_values", None)]
+        for part in parts:
+            if hasattr(part, "get_seq_length"):
+                setattr(part, STATE, run)
 
     # Direct calls
 
     def _enter(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self.generating:
+        if self.generating == threading.get_ident():
             return None
+        if self.generating is not None:
+            raise UnsupportedError(
+                "this model is generating in another thread; its recipes remember one prompt at a "
+                "time"
+            )
+        self._entered = True
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
-        if cache is not None and int(cache.get_seq_length()) > 0:
+        if _past(cache) > 0:
             self.run = getattr(cache, STATE, None)
             if self.run is None and self.checks:
                 raise UnsupportedError(
                     "this cache was filled without the recipes; start from an empty one"
                 )
-            return None if self.run is None else ((), self._continued(self.run.prompt, kwargs))
+            return None if self.run is None else ((), self._continued(self.run, kwargs))
+        if self.layers.recipes and kwargs.get("labels") is not None:
+            raise UnsupportedError(
+                "recipes inside the language model drop tokens that labels are for; leave labels "
+                "out, or shorten prompts in front of it"
+            )
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise UnsupportedError(
+                "logits_to_keep names places that a shortened prompt no longer has; give the "
+                "number of places at its end"
+            )
         self.run, kwargs = self._begin(kwargs)
         return (), kwargs
 
     def _leave(self, model: Any, args: Any, result: Any) -> None:
-        if self.generating:
+        if self.generating is not None:
             return
         if self.run is not None:
             self._attach(self.run, result)
-        self.run = None
-        self.vision.stop()
+        self._entered = False
+        self._forget()
 
-    def _continued(self, prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _continued(self, run: Run, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call that goes on behind a prompt: its mask and positions know the shorter one."""
-        past = int(kwargs["past_key_values"].get_seq_length())
-        mask, ids = kwargs.get("attention_mask"), kwargs["input_ids"]
-        if mask is not None and mask.shape[1] == prompt.width + past - prompt.length + ids.shape[1]:
-            kwargs["attention_mask"] = torch.cat(
-                [prompt.mask.to(mask.dtype), mask[:, prompt.width :]], dim=1
-            )
+        self._check_continued(run, kwargs)
+        prompt, ids = run.prompt, kwargs["input_ids"]
+        past, num = _past(kwargs["past_key_values"]), ids.shape[1]
+        copies, gone = len(ids) // prompt.batch, prompt.width - prompt.length
+        mask = kwargs.get("attention_mask")
+        if mask is None and prompt.features is not None and not prompt.full:
+            # Padding that the user does not know of.
+            mask = ids.new_ones(len(ids), past + gone + num, dtype=torch.long)
+        if mask is not None and mask.shape[1] == past + gone + num:
+            front = prompt.mask[:, :past].repeat_interleave(copies, 0).to(mask.dtype)
+            mask = torch.cat([front, mask[:, front.shape[1] + gone :]], dim=1)
+            kwargs["attention_mask"] = mask
         if kwargs.get("position_ids") is None and prompt.positions is not None:
-            steps = torch.arange(ids.shape[1], device=ids.device) + 1 + past - prompt.length
-            kwargs["position_ids"] = prompt.positions[..., -1:] + steps
+            steps = torch.arange(num, device=ids.device) + 1 + past - prompt.length
+            # The last token of a prompt stands last, but padding may be behind it.
+            last = prompt.positions.amax(-1, keepdim=True).repeat_interleave(copies, -2)
+            kwargs["position_ids"] = last + steps
         return kwargs
+
+    def _check_continued(self, run: Run, kwargs: Mapping[str, Any]) -> None:
+        if run.recipes != self.handle.report().recipes:
+            raise UnsupportedError(
+                f"this cache was filled under {', '.join(run.recipes)}; go on with the same "
+                "recipes, or start from an empty one"
+            )
+        held = [self.adapter.pixels, self.adapter.image_pixels]
+        if not self.takes_text and any(kwargs.get(name) is not None for name in held if name):
+            raise UnsupportedError(
+                "this cache holds a prompt already, behind which recipes take no further video or "
+                "images; give all of them in one prompt"
+            )
+        past = _past(kwargs["past_key_values"])
+        if past < run.prompt.length and bool(run.prompt.written[:, past:].any()):
+            raise UnsupportedError(
+                "this cache was cut back into its video; start from an empty one"
+            )
 
     # Prompts
 
@@ -248,7 +303,7 @@ class PromptRuntime:
             self.handle.record_grid(places[0].grid)
         plans: list[TokenAssignment | None] = [None] * len(places)
         videos: list[VideoRows] = []
-        run = Run(whole)
+        run = Run(whole, report.recipes)
         if self.recipe is not None:
             videos, seen = self._encode(places, inputs)
             run.see(places, seen)
@@ -301,7 +356,13 @@ class PromptRuntime:
         places = self.adapter.places(self.model.model, inputs, found)
         if not places:
             raise ShapeError(f"{name} holds a video, but the prompt holds no placeholder for it")
-        return unreduced(ids, mask.bool(), places), places
+        whole = unreduced(ids, mask.bool(), places)
+        shortens = self.recipe is not None or self.layers.recipes
+        if shortens and bool((whole.written & ~whole.mask).any()):
+            raise UnsupportedError(
+                "attention_mask hides tokens of a video; recipes drop what a prompt can do without"
+            )
+        return whole, places
 
     def _encode(
         self, places: Sequence[VideoPlace], inputs: Mapping[str, Any]
@@ -384,6 +445,10 @@ class PromptRuntime:
     def _write(self, base: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Embeddings of a call on the prompt, with the video's written in."""
         self.written = None
+        if self.generating is None and not self._entered:
+            # On its own the base model is dense, also behind an interrupted call.
+            self._forget()
+        self._entered = False
         if self.run is None or kwargs.get("input_ids") is None:
             return None
         prompt, ids = self.run.prompt, kwargs["input_ids"]
@@ -411,6 +476,8 @@ class PromptRuntime:
             kwargs["visual_pos_masks"] = mask
             kwargs["deepstack_visual_embeds"] = [plane[rows] for plane in prompt.planes]
         cache = kwargs.get("past_key_values")
+        if self.generating is None:
+            self._attach(self.run, (cache,))
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         if cache is None and mask is None and prompt.features is not None:
             # Without either, gaps between positions would pass for packed sequences.

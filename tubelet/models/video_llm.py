@@ -28,6 +28,11 @@ Positions = Callable[[Any, Mapping[str, Any], Tensor, Tensor], Tensor]
 """[3, B, S] positions of a whole prompt, from base model, inputs, ids and mask [B, S]."""
 
 
+def no_planes(config: Any) -> int:
+    """The host adds no features behind its first layers."""
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoLLMAdapter:
     """Facts about a family of video language models.
@@ -58,7 +63,7 @@ class VideoLLMAdapter:
     places: Places
     encode: Encode
     positions: Positions | None = None
-    deepstack: Callable[[Any], int] = lambda config: 0
+    deepstack: Callable[[Any], int] = no_planes
     missing: Mapping[str, str] = field(default_factory=dict)
     fused_by_tubelet: bool = False
 

@@ -4,9 +4,11 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
+from tubelet.core.errors import ConflictError
 from tubelet.core.handle import Handle
 
 PREFIX = "tubelet_watching_"
@@ -27,6 +29,9 @@ COMPUTER = "_tubelet_computer"
 Computer = Callable[[Callable[[], Any], nn.Module, Tensor, Tensor, Tensor, float, Any], Any]
 """Takes how the host would do it, then as a watcher, but the options of the call by name in place
 of the sequences; returns output [B, N, H, D] and attention weights or None, as the host does."""
+
+_HOLDERS: WeakValueDictionary[int, Handle] = WeakValueDictionary()
+"""By id of a config: who has put something around the attention that it names."""
 
 
 def watch(model: Any, modules: Iterable[nn.Module], watcher: Watcher, handle: Handle) -> None:
@@ -101,11 +106,23 @@ def put_around(model: Any, prefix: str, attend: Callable[..., Any], handle: Hand
         model: As in `watch`.
         prefix: Of the name under which transformers gets to know it.
         attend: Takes the function that was there before, then what that function takes.
+
+    Raises:
+        ConflictError: Another handle has done so for a model with the very same config.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    holder = id(model.config)
+    if _HOLDERS.get(holder, handle) is not handle:
+        raise ConflictError(
+            "this model shares its config with one that is accelerated already, so both would run "
+            "through the same attention; build each from a copy of the config, or remove() first"
+        )
+    if holder not in _HOLDERS:
+        _HOLDERS[holder] = handle
+        handle.on_remove(lambda: _HOLDERS.pop(holder, None))
     before = model.config._attn_implementation
     # The host's name stays part of ours: transformers looks for "flash" in it.
     name = prefix + before
