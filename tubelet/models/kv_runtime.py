@@ -18,7 +18,7 @@ from tubelet.core.kv import BITS, ReadContext, StoreContext
 from tubelet.core.recipe import KVPolicy, KVReads, KVStorage
 from tubelet.models.kv_cache import stored_layer, take_over
 from tubelet.models.layer_runtime import refuse_replay
-from tubelet.models.watched_attention import HostAttention, put_around
+from tubelet.models.watched_attention import HostAttention, put_around, uncompiled
 from tubelet.models.whole_prompt import asked
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class KVRuntime:
 
     # Calls
 
-    @torch.compiler.disable
+    @uncompiled
     def _enter(self, text: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call of the language model begins."""
         run = self.prompts.run
@@ -182,7 +182,7 @@ class KVRuntime:
             )
         return DynamicCache(config=self.text.config)
 
-    @torch.compiler.disable
+    @uncompiled
     def _leave(self) -> None:
         """The call is over, also by an error."""
         call, self.call = self.call, None
@@ -232,7 +232,7 @@ class KVRuntime:
 
     # Reads
 
-    @torch.compiler.disable
+    @uncompiled
     def _read(
         self, call: KVCall, layer: int, k: Tensor, v: Tensor, mask: Any
     ) -> tuple[Tensor, Tensor, Any]:
@@ -266,7 +266,7 @@ class KVRuntime:
 
     # Storage
 
-    @torch.compiler.disable
+    @uncompiled
     def _store(self, call: KVCall, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
         """Store the tokens that wait in a layer, if it is time."""
         recipe, held = self.storage[layer], call.cache.layers[layer]

@@ -24,7 +24,7 @@ from tubelet.kernels.attention import attention, choose
 from tubelet.kernels.selection import TOOLS
 from tubelet.models.layer_runtime import Call, LayerRuntime, Stage, refuse_replay
 from tubelet.models.prefill_verify import check_blocks
-from tubelet.models.watched_attention import compute_instead
+from tubelet.models.watched_attention import compute_instead, uncompiled
 
 if TYPE_CHECKING:
     from tubelet.models.prompt_runtime import Run
@@ -180,7 +180,7 @@ class PrefillRuntime:
             found.append((ctx, layout, num))
         return found
 
-    @torch.compiler.disable
+    @uncompiled
     def _prompt(self, recipe: SparsePrefill, ctx: PrefillContext) -> Tensor | None:
         """Output [1, H, N, D] for one prompt; None where its plan is dense."""
         report, options = self.handle.report(), self.handle.options

@@ -104,14 +104,14 @@ class VisionWatch:
         """[P, C] of a call; kernels for variable lengths get all frames as one sequence."""
         if lengths is None:
             return self._patches(self._measure(name, q, k, v, scale))
-        rows, values = [], []
-        for places, part in batches(lengths.diff().tolist(), q, k, v):
-            value = self._measure(name, *part, scale)
-            values.append(self._patches(value))
+        rows, found = [], []
+        for places, (queries, keys, values) in batches(lengths.diff().tolist(), q, k, v):
+            value = self._measure(name, queries, keys, values, scale)
+            found.append(self._patches(value))
             if places is None:
-                return values[0]
+                return found[0]
             rows.append(self._patches(places.view(*value.shape[:2], 1))[:, 0])
-        return torch.cat(values)[torch.cat(rows).argsort()]
+        return torch.cat(found)[torch.cat(rows).argsort()]
 
     def _measure(self, name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """[B, N, C] of separate sequences."""

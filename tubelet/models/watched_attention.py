@@ -3,9 +3,10 @@
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 from tubelet.core.errors import ConflictError
@@ -32,6 +33,15 @@ of the sequences; returns output [B, N, H, D] and attention weights or None, as 
 
 _HOLDERS: WeakValueDictionary[int, Handle] = WeakValueDictionary()
 """By id of a config: who has put something around the attention that it names."""
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uncompiled(run: Function) -> Function:
+    """Decorator: torch.compile leaves this function as it is."""
+    # Its own type also covers calls without a function.
+    return cast(Function, torch.compiler.disable(run))
 
 
 def watch(model: Any, modules: Iterable[nn.Module], watcher: Watcher, handle: Handle) -> None:
