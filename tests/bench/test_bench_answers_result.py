@@ -313,3 +313,30 @@ def test_batches_become_an_entry_by_their_sizes():
     assert found.right.tolist() == [[1, 0], [1, 1]]
     assert found.used.layers == pytest.approx(0.2)
     assert found.seconds == pytest.approx(1.5)
+
+
+def test_other_recipes_on_the_same_questions_stand_beside_each_other():
+    other = made(commands=["other"], environment={**made().environment, "hardware": "a CPU"})
+    other.variants["New"] = other.variants.pop("Sparse")
+    for cell in other.cells:
+        cell.entries["New"] = cell.entries.pop("Sparse")
+    whole = join([made(), other])
+    assert list(whole.variants)[-1] == "New"
+    assert {"Sparse", "New"} <= whole.variants.keys()
+    assert whole.complete
+    assert whole.commands == ["tubelet", "other"]
+    assert whole.environment["hardware"].endswith(" and a CPU")
+    for cell in whole.cells:
+        assert {"dense", "Sparse", "New"} <= cell.entries.keys()
+        assert torch.equal(cell.entries["New"].right, made().cell("pan").entries["Sparse"].right)
+
+
+def test_runs_that_disagree_about_the_same_variant_are_not_compared():
+    other = made()
+    other.variants["New"] = other.variants["Sparse"]
+    dense = other.cells[0].entries["dense"]
+    flipped = dense.right.clone()
+    flipped[0, 0] = 1 - flipped[0, 0]
+    other.cells[0].entries["dense"] = dataclasses.replace(dense, right=flipped)
+    with pytest.raises(TubeletError, match=r"disagree about 1 of \d+ answers of dense"):
+        join([made(), other])

@@ -187,20 +187,40 @@ def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def join(runs: Sequence[Answers]) -> Answers:
-    """Shards of one run become one.
+    """Shards of one run become one; runs of other recipes on the same questions stand beside it.
 
     Raises:
-        TubeletError: They differ in model, questions or settings, or hold the same questions twice.
+        TubeletError: They differ in model, questions or settings, hold the same questions twice, or
+            answered differently where they measured the same.
     """
     first = runs[0]
     for run in runs[1:]:
         for name in ("model", "precision", "clips", "wanted", "kinds", "first_seed"):
             if getattr(run, name) != getattr(first, name):
                 raise TubeletError(f"two shards differ in their {name}; join shards of one run")
-        if list(run.variants) != list(first.variants):
-            raise TubeletError("two shards measured other recipes; join shards of one run")
+    groups: dict[tuple[str, ...], list[Answers]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.variants), []).append(run)
+    wholes = [_shards(group) for group in groups.values()]
+    notes = [note for whole in wholes for note in whole.notes]
+    hardware = dict.fromkeys(whole.environment["hardware"] for whole in wholes)
+    data = wholes[0].to_dict() | {
+        "environment": {**first.environment, "hardware": " and ".join(hardware)},
+        "commands": [command for whole in wholes for command in whole.commands],
+        "variants": {n: asdict(line) for w in wholes for n, line in w.variants.items()},
+        "failures": {name: why for whole in wholes for name, why in whole.failures.items()},
+        "notes": list(dict.fromkeys(notes)),
+        "cells": [],
+    }
+    whole = Answers.from_dict(data)
+    whole.cells.extend(_beside([cell for one in wholes for cell in one.cells]))
+    return whole
+
+
+def _shards(runs: Sequence[Answers]) -> Answers:
+    """Runs of the same variants on other questions."""
     notes = [note for run in runs for note in run.notes] + _drift(runs)
-    data = first.to_dict() | {
+    data = runs[0].to_dict() | {
         "commands": [command for run in runs for command in run.commands],
         "failures": {name: why for run in runs for name, why in run.failures.items()},
         "notes": list(dict.fromkeys(notes)),
@@ -209,6 +229,29 @@ def join(runs: Sequence[Answers]) -> Answers:
     whole = Answers.from_dict(data)
     whole.cells.extend(merge_cells([cell for run in runs for cell in run.cells]))
     return whole
+
+
+def _beside(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells of other variants on the same questions become one."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        whole = found.setdefault(
+            cell.background, Cell(background=cell.background, parts=cell.parts)
+        )
+        if cell.parts != whole.parts:
+            raise TubeletError(
+                f"two runs of other recipes asked other questions on {cell.background}; join runs "
+                "of the same recipes, or of the same questions"
+            )
+        for name, entry in cell.entries.items():
+            known = whole.entries.setdefault(name, entry)
+            differ = int((known.right != entry.right).sum())
+            if differ:
+                raise TubeletError(
+                    f"two runs disagree about {differ} of {entry.right.numel()} answers of {name} "
+                    f"on {cell.background}, so their other recipes cannot be compared"
+                )
+    return list(found.values())
 
 
 def _drift(runs: Sequence[Answers]) -> list[str]:
