@@ -39,7 +39,7 @@ def expected(q, k, v, allowed, key_bias=None):
     return weights @ v.nan_to_num(0.0), lse
 
 
-def shuffled(mask: BlockMask, spare: int = 0) -> BlockMask:
+def shuffled(mask: BlockMask) -> BlockMask:
     """Lists in random order, with numbers out of range past their ends."""
     live = torch.arange(mask.indices.shape[3]) < mask.counts[..., None]
     order = torch.where(live, torch.rand(mask.indices.shape), 2.0).argsort(-1)

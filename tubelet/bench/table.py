@@ -1,7 +1,9 @@
 """The comparison as columns, shared by terminal, text and page."""
 
 import io
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 from rich.console import Console
 from rich.table import Table
@@ -78,3 +80,30 @@ def text_table(comparison: Comparison) -> str:
     for note in comparison.notes:
         console.print(f"note: {note}")
     return out.getvalue().rstrip()
+
+
+def wide_table(
+    title: str, headers: Iterable[str], rows: Iterable[Sequence[str]], hidden: Container[str]
+) -> Table:
+    """For the terminal: variants by name, and figures without those it is too narrow for.
+
+    Args:
+        title: In rich's markup.
+        headers: Of all columns.
+        rows: Texts of all columns.
+        hidden: Headers that are left out.
+    """
+    names = list(headers)
+    shown = [name not in hidden for name in names]
+    table = Table(title=title, title_justify="left")
+    for name in compress(names, shown):
+        left = name == "variant"
+        table.add_column(
+            name,
+            justify="left" if left else "right",
+            overflow="fold",
+            min_width=24 if left else None,
+        )
+    for row in rows:
+        table.add_row(*compress(row, shown))
+    return table

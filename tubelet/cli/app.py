@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -44,6 +44,16 @@ def options(
 
 def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
+
+
+def announcer(quiet: bool) -> Callable[[str], None]:
+    """Prints lines as they come, none where the output is JSON."""
+
+    def announce(words: str) -> None:
+        if not quiet:
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    return announce
 
 
 @contextmanager

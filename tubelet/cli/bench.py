@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tubelet.cli.app import Json, app, console, print_json, progress_bar
+from tubelet.cli.app import Json, announcer, app, console, print_json, progress_bar
 from tubelet.cli.options import read_numbers, read_shard, read_words
 from tubelet.core.errors import TubeletError
 
@@ -115,10 +115,6 @@ def generation(
     from tubelet.bench.fidelity.generation import GenerationRequest, join_files, run_generation
     from tubelet.bench.fidelity.generation_tables import markdown
 
-    def announce(words: str) -> None:
-        if not as_json:
-            console.print(words, markup=False, highlight=False, soft_wrap=True)
-
     if join:
         found = join_files(join, out)
     else:
@@ -137,7 +133,7 @@ def generation(
             yes=yes,
         )
         with progress_bar(quiet=as_json) as tell:
-            found = run_generation(request, tell, announce)
+            found = run_generation(request, tell, announcer(as_json))
     if as_json:
         return print_json(found.to_dict())
     console.print(markdown(found), markup=False, highlight=False, soft_wrap=True)
@@ -260,12 +256,8 @@ def forward(
         seed=seed,
     )
 
-    def announce(words: str) -> None:
-        if not as_json:
-            console.print(words, markup=False, highlight=False, soft_wrap=True)
-
     with progress_bar(quiet=as_json) as tell:
-        found = run_forward(request, tell, announce)
+        found = run_forward(request, tell, announcer(as_json))
     if as_json:
         return print_json(found)
     console.print(f"wrote {out / 'forward.json'}", soft_wrap=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tubelet.cli.app import Json, console, print_json, progress_bar
+from tubelet.cli.app import Json, announcer, console, print_json, progress_bar
 from tubelet.cli.bench import bench
 from tubelet.cli.options import read_numbers, read_shard, read_words
 from tubelet.core.errors import TubeletError
@@ -62,10 +62,6 @@ def llm(
     from tubelet.bench.llm.run import FILES, Request, join_files, run_llm
     from tubelet.bench.llm.table import failures, rich_table
 
-    def announce(words: str) -> None:
-        if not as_json:
-            console.print(words, markup=False, highlight=False, soft_wrap=True)
-
     if join:
         runs = join_files(join, out)
     else:
@@ -89,7 +85,7 @@ def llm(
             quick=quick,
         )
         with progress_bar(quiet=as_json) as tell:
-            runs = run_llm(request, tell, announce)
+            runs = run_llm(request, tell, announcer(as_json))
     if as_json:
         return print_json([run.to_dict() for run in runs])
     for run in runs:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tubelet.cli.app import Json, app, console, print_json, progress_bar
+from tubelet.cli.app import Json, announcer, app, console, print_json, progress_bar
 from tubelet.core.errors import TubeletError
 
 SAMPLE = "sample"
@@ -114,10 +114,6 @@ def _compare_generator(
     from tubelet.bench.generators.run import PROMPT, GeneratorRequest, run_generators
     from tubelet.bench.generators.table import rich_table
 
-    def announce(words: str) -> None:
-        if not as_json:
-            console.print(words, markup=False, highlight=False, soft_wrap=True)
-
     request = GeneratorRequest(
         prompt=PROMPT if prompt == SAMPLE else prompt,
         model=model,
@@ -126,7 +122,7 @@ def _compare_generator(
         **options,
     )
     with progress_bar(quiet=as_json) as tell:
-        found = run_generators(request, tell, announce)
+        found = run_generators(request, tell, announcer(as_json))
     if as_json:
         return print_json(found.to_dict())
     console.print(rich_table(found))

@@ -1,10 +1,9 @@
 """The comparison as columns, shared by terminal and page."""
 
-from itertools import compress
-
 from rich.table import Table
 
 from tubelet.bench.generators.result import GeneratorComparison, Row
+from tubelet.bench.table import wide_table
 
 COLUMNS = {
     "variant": "what ran",
@@ -65,19 +64,8 @@ def heading(found: GeneratorComparison) -> str:
 
 def rich_table(found: GeneratorComparison) -> Table:
     """For the terminal."""
-    table = Table(title=f"{found.model}: {heading(found)}", title_justify="left")
-    shown = [header not in PAGE_ONLY for header in COLUMNS]
-    for header in compress(COLUMNS, shown):
-        left = header == "variant"
-        table.add_column(
-            header,
-            justify="left" if left else "right",
-            overflow="fold",
-            min_width=24 if left else None,
-        )
-    for row in found.rows:
-        table.add_row(*compress(cells(row, found), shown))
-    return table
+    rows = (cells(row, found) for row in found.rows)
+    return wide_table(f"{found.model}: {heading(found)}", COLUMNS, rows, PAGE_ONLY)
 
 
 def _shown(value: float | str | None, form: str) -> str:

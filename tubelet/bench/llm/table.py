@@ -6,6 +6,7 @@ from itertools import compress
 from rich.table import Table
 
 from tubelet.bench.llm.result import LLMRun, Row, Throughput
+from tubelet.bench.table import wide_table
 
 COLUMNS = {
     "variant": "what ran",
@@ -133,20 +134,8 @@ def failures(run: LLMRun) -> list[tuple[str, str]]:
 
 def rich_table(run: LLMRun) -> Table:
     """For the terminal."""
-    table = Table(title=heading(run).replace("[", "\\["), title_justify="left")
-    names = list(headers(run))
-    shown = [name not in PAGE_ONLY for name in names]
-    for name in compress(names, shown):
-        left = name == "variant"
-        table.add_column(
-            name,
-            justify="left" if left else "right",
-            overflow="fold",
-            min_width=24 if left else None,
-        )
-    for row in run.rows:
-        table.add_row(*compress(cells(row, run), shown))
-    return table
+    rows = (cells(row, run) for row in run.rows)
+    return wide_table(heading(run).replace("[", "\\["), headers(run), rows, PAGE_ONLY)
 
 
 def _throughput(row: Row, concurrency: int) -> str:
