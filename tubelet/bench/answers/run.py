@@ -46,6 +46,7 @@ from tubelet.bench.fidelity.budgets import check_keep
 from tubelet.bench.fidelity.run import PATIENCE, REPORTED, in_words
 from tubelet.bench.llm.measure import reason
 from tubelet.bench.run import hush_transformers
+from tubelet.bench.shards import shard_of
 from tubelet.core.errors import NoEffectWarning, TubeletError, UnsupportedError
 from tubelet.core.files import check_folder, write_whole
 from tubelet.core.grid import TokenGrid
@@ -186,13 +187,7 @@ def checked_parts(request: Request) -> list[tuple[str, int]]:
     if not request.keeps or 1.0 in request.keeps:
         raise TubeletError("--keep takes shares below 1; dense is always measured")
     pairs = [(name, part) for name in request.backgrounds for part in range(_parts(request.clips))]
-    part, parts = request.shard
-    if not 1 <= part <= parts:
-        raise TubeletError(f"shard must be i/n with 1 <= i <= n, got {part}/{parts}")
-    mine = pairs[part - 1 :: parts]
-    if not mine:
-        raise TubeletError(f"shard {part}/{parts} has nothing to ask; there are {len(pairs)} parts")
-    return mine
+    return shard_of(pairs, request.shard, f"has nothing to ask; there are {len(pairs)} parts")
 
 
 def _parts(clips: int) -> int:

@@ -25,6 +25,7 @@ from tubelet.bench.attention.tables import markdown
 from tubelet.bench.attention.timer import WARM_UPS
 from tubelet.bench.compare import Progress
 from tubelet.bench.environment import environment
+from tubelet.bench.shards import shard_of
 from tubelet.core.errors import RecipeError, TubeletError, UnsupportedError
 from tubelet.core.files import check_folder, write_whole
 from tubelet.core.recipe import SparseAttention, SparsePrefill
@@ -72,7 +73,8 @@ def run_attention(request: Request, progress: Progress) -> list[AttentionRun]:
     """
     device = checked_device(request.device)
     request = _quick(request) if request.quick else request
-    shapes = _shard(chosen_shapes(request.shapes, device.type, request.heads), request.shard)
+    every = chosen_shapes(request.shapes, device.type, request.heads)
+    shapes = shard_of(every, request.shard, f"has no shape; there are {len(every)}")
     recipes = policies(request.recipes, request.policy_density) if request.policies else []
     _check(request)
     check_folder(request.out, FILES)
@@ -213,16 +215,6 @@ def _check(request: Request) -> None:
             raise TubeletError(f"unknown inputs {field!r}; there are {', '.join(FIELDS)}")
     if not (request.kernels or request.policies):
         raise TubeletError("nothing to measure: neither kernels nor policies")
-
-
-def _shard(shapes: list[Shape], shard: tuple[int, int]) -> list[Shape]:
-    part, parts = shard
-    if not 1 <= part <= parts:
-        raise TubeletError(f"shard must be i/n with 1 <= i <= n, got {part}/{parts}")
-    mine = shapes[part - 1 :: parts]
-    if not mine:
-        raise TubeletError(f"shard {part}/{parts} has no shape; there are {len(shapes)}")
-    return mine
 
 
 def _notes(request: Request, shapes: Sequence[Shape]) -> list[str]:

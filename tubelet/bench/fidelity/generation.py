@@ -36,6 +36,7 @@ from tubelet.bench.generators.combinations import name_of, read_combinations, re
 from tubelet.bench.generators.prediction import at_once, sites_of
 from tubelet.bench.measure import seconds
 from tubelet.bench.quality import fidelity
+from tubelet.bench.shards import shard_of
 from tubelet.core.errors import TubeletError
 from tubelet.core.files import check_folder
 from tubelet.core.handle import Handle
@@ -168,13 +169,8 @@ def share_of(ways: Sequence[Way], shard: tuple[int, int]) -> list[Way]:
     Raises:
         TubeletError: Not a shard, or one without a way.
     """
-    part, parts = shard
-    if not 1 <= part <= parts:
-        raise TubeletError(f"shard must be i/n with 1 <= i <= n, got {part}/{parts}")
-    mine = ways[part::parts]
-    if not mine:
-        raise TubeletError(f"shard {part}/{parts} has nothing to draw: {len(ways) - 1} ways")
-    return [ways[0], *mine]
+    first, *others = ways
+    return [first, *shard_of(others, shard, f"has nothing to draw: {len(others)} ways")]
 
 
 def run_generation(

@@ -35,6 +35,7 @@ from tubelet.bench.fidelity.variants import (
     make_variants,
 )
 from tubelet.bench.measure import seconds
+from tubelet.bench.shards import shard_of
 from tubelet.core.errors import TubeletError, UnsupportedError
 from tubelet.core.files import check_folder, write_whole
 from tubelet.models.load import checked_device
@@ -188,9 +189,6 @@ def checked_cells(request: Request) -> list[tuple[str, str]]:
     check_recipes(request.recipes)
     if request.clips < 1:
         raise TubeletError(f"clips must be at least 1, got {request.clips}")
-    part, parts = request.shard
-    if not 1 <= part <= parts:
-        raise TubeletError(f"shard must be i/n with 1 <= i <= n, got {part}/{parts}")
     for keep in request.keeps:
         # A token is 2 x 8 x 8 pixels in all of tubelet's encoders.
         check_keep(keep, min(TASKS[task].frames for task in request.tasks) // 2 * (SIZE // 8) ** 2)
@@ -200,12 +198,8 @@ def checked_cells(request: Request) -> list[tuple[str, str]]:
         for background in dict.fromkeys(request.backgrounds)
         if background not in TASKS[task].refused
     ]
-    mine = pairs[part - 1 :: parts]
-    if not mine:
-        raise TubeletError(
-            f"shard {part}/{parts} has no cell; there are {len(pairs)} (task, background) pairs"
-        )
-    return mine
+    without = f"has no cell; there are {len(pairs)} (task, background) pairs"
+    return shard_of(pairs, request.shard, without)
 
 
 def _companions(request: Request) -> list[tuple[str, Role]]:

@@ -21,6 +21,7 @@ from tubelet.bench.llm.page import render
 from tubelet.bench.llm.result import LLMRun, Row, merged, read_runs, write_runs
 from tubelet.bench.llm.table import markdown
 from tubelet.bench.run import hush_transformers
+from tubelet.bench.shards import shard_of
 from tubelet.core.errors import NoEffectWarning, TubeletError
 from tubelet.core.files import check_folder, write_whole
 from tubelet.core.grid import TokenGrid
@@ -86,7 +87,8 @@ def run_llm(request: Request, progress: Progress, announce: Announce) -> list[LL
             be read, a folder that cannot be written, or not one recipe that ran.
     """
     request = _quick(request) if request.quick else request
-    combinations = _shard(_combinations(request), request.shard)
+    every = _combinations(request)
+    combinations = shard_of(every, request.shard, f"has no recipe; there are {len(every)}")
     _check(request)
     device = checked_device(request.device)
     check_folder(request.out, FILES)
@@ -169,16 +171,6 @@ def _combinations(request: Request) -> list[Combination]:
     if request.recipes:
         return read_combinations(request.recipes)
     return default_combinations(request.keep)
-
-
-def _shard(combinations: list[Combination], shard: tuple[int, int]) -> list[Combination]:
-    part, parts = shard
-    if not 1 <= part <= parts:
-        raise TubeletError(f"shard must be i/n with 1 <= i <= n, got {part}/{parts}")
-    mine = combinations[part - 1 :: parts]
-    if not mine:
-        raise TubeletError(f"shard {part}/{parts} has no recipe; there are {len(combinations)}")
-    return mine
 
 
 def _quick(request: Request) -> Request:
