@@ -331,6 +331,18 @@ def test_other_recipes_on_the_same_questions_stand_beside_each_other():
         assert torch.equal(cell.entries["New"].right, made().cell("pan").entries["Sparse"].right)
 
 
+def test_joined_variants_stand_in_the_order_of_one_run():
+    later, earlier = made(), made()
+    for run, family in ((later, "VidCom2"), (earlier, "EVS")):
+        name = f"{family} 0.25"
+        run.variants[name] = dataclasses.replace(run.variants["Good 0.25"], family=family)
+        for cell in run.cells:
+            cell.entries[name] = cell.entries["Good 0.25"]
+    names = list(join([later, earlier]).variants)
+    assert names[0] == "dense"
+    assert names.index("RandomPrompt 0.5") < names.index("EVS 0.25") < names.index("VidCom2 0.25")
+
+
 def test_runs_that_disagree_about_the_same_variant_are_not_compared():
     other = made()
     other.variants["New"] = other.variants["Sparse"]

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,17 @@ def test_test_files_have_distinct_names():
     names = [path.name for path in TESTS if path.name != "conftest.py"]
     assert sorted(names) == sorted(set(names))
     assert not [name(p) for p in TESTS if p.name == "__init__.py"]
+
+
+def test_an_installed_package_has_every_file():
+    # From a checkout nobody would miss them.
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["tubelet"]
+    packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    other = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    assert len(other) > 10
+    assert not [name(path) for path in other if path not in packed]
 
 
 def public_definitions(body: list[ast.stmt], prefix: str = ""):

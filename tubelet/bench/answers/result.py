@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tubelet.bench.answers.ask import Outcome, Used
+from tubelet.bench.answers.settings import families
 from tubelet.bench.fidelity.result import decode_scores, encode_scores
 from tubelet.core.errors import TubeletError
 from tubelet.core.files import write_whole
@@ -207,7 +208,7 @@ def join(runs: Sequence[Answers]) -> Answers:
     data = wholes[0].to_dict() | {
         "environment": {**first.environment, "hardware": " and ".join(hardware)},
         "commands": [command for whole in wholes for command in whole.commands],
-        "variants": {n: asdict(line) for w in wholes for n, line in w.variants.items()},
+        "variants": _in_order({n: asdict(line) for w in wholes for n, line in w.variants.items()}),
         "failures": {name: why for whole in wholes for name, why in whole.failures.items()},
         "notes": list(dict.fromkeys(notes)),
         "cells": [],
@@ -215,6 +216,13 @@ def join(runs: Sequence[Answers]) -> Answers:
     whole = Answers.from_dict(data)
     whole.cells.extend(_beside([cell for one in wholes for cell in one.cells]))
     return whole
+
+
+def _in_order(variants: dict[str, Any]) -> dict[str, Any]:
+    """Dense, then by family as one run has them, whichever file they came from."""
+    order = {family: number for number, family in enumerate(["dense", *families()])}
+    names = sorted(variants, key=lambda name: order.get(variants[name]["family"], len(order)))
+    return {name: variants[name] for name in names}
 
 
 def _shards(runs: Sequence[Answers]) -> Answers:
