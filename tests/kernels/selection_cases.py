@@ -161,3 +161,33 @@ def test_large_tables_of_distances_are_halved_and_choose_nearly_as_well(monkeypa
 
     have, want = TOOLS.max_min(x, 30), PLAIN_TOOLS["max_min"](x, 30)
     assert apart(have) >= 0.998 * apart(want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("rows", "num", "width"), [(3, 40, 24), (150, 333, 64), (200, 200, 128)])
+def test_what_keys_receive_from_some_rows_of_causal_attention(rows, num, width, weighted, dtype):
+    q = tokens(1, 4, rows, width, dtype)[0]
+    k = tokens(1, 2, num, width, dtype)[0]
+    places = torch.randperm(num, device=DEVICE)[:rows].sort().values
+    weight = torch.rand(4, rows, device=DEVICE) if weighted else None
+    # One row sees only the first key, and nobody a few at the end.
+    places[0] = 0
+    totals = TOOLS.row_totals(q, k, places, 0.3)
+    near = {"atol": 1e-4 if dtype == torch.float32 else 1e-2, "rtol": 1e-3}
+    wide = (q.float(), k.float(), places, 0.3)
+    want = PLAIN_TOOLS["row_totals"](*wide)
+    torch.testing.assert_close(totals, want, **near)
+    have = TOOLS.received(q, k, places, 0.3, totals, weight)
+    torch.testing.assert_close(have, PLAIN_TOOLS["received"](*wide, want, weight), **near)
+    given = rows if weight is None else weight.sum(1)
+    torch.testing.assert_close(have.sum(1), torch.ones(4, device=DEVICE) * given, **near)
+
+
+def test_a_row_without_share_in_a_key_adds_nothing_however_large_their_product():
+    q, k = torch.ones(1, 2, 16, device=DEVICE), torch.ones(1, 3, 16, device=DEVICE)
+    k[0, 2] = 1e4
+    places = torch.tensor([0, 1], device=DEVICE)
+    totals = TOOLS.row_totals(q, k, places, 1.0)
+    have = TOOLS.received(q, k, places, 1.0, totals, torch.zeros(1, 2, device=DEVICE) + 1)
+    assert have.tolist() == [[1.5, 0.5, 0.0]]

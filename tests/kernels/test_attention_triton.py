@@ -24,11 +24,12 @@ def run_cases(name: str, extra: dict[str, str]) -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="TRITON TESTS NOT RUN: not installed")
-@pytest.mark.parametrize("name", ["triton_cases.py", "selection_cases.py"])
+@pytest.mark.parametrize("name", ["triton_cases.py", "selection_cases.py", "cache_cases.py"])
 def test_kernels_agree_with_their_references_in_the_interpreter(name):
     run_cases(name, INTERPRETER)
 
 
 @pytest.mark.gpu
-def test_selection_kernels_agree_with_their_references_on_a_gpu():
-    run_cases("selection_cases.py", {})
+@pytest.mark.parametrize("name", ["selection_cases.py", "cache_cases.py"])
+def test_kernels_agree_with_their_references_on_a_gpu(name):
+    run_cases(name, {})

@@ -1,5 +1,6 @@
 """What the papers claim of recipes for key-value caches."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tubelet.core.context import Site
 from tubelet.core.errors import RecipeError, UnsupportedError
-from tubelet.core.kv import ReadContext, StoreContext, attention_rows
+from tubelet.core.kv import ReadContext, StoreContext
 from tubelet.recipes import DyCokeDecoding, TidalDecode, ZipCache
 
 
@@ -17,16 +18,30 @@ def site(layer: int, num_layers: int = 32) -> Site:
     return Site(name=f"layers.{layer}", layer=layer, num_layers=num_layers, kind="llm")
 
 
-def test_rows_are_those_of_a_causal_softmax_over_all_keys_up_to_the_query():
+def test_a_new_token_sees_all_tokens_of_the_layer_before():
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(4, 9, 8, generator=generator)
+    q = torch.randn(4, 1, 8, generator=generator)
     k = torch.randn(2, 9, 8, generator=generator)
+    context = replace(read_context(1, torch.ones(4, 9), {}), query=q, keys=k, scale=0.3)
+    wanted = (q @ k.repeat_interleave(2, 0).mT * 0.3).softmax(-1)[:, 0]
+    assert torch.allclose(context.attention(), wanted, atol=1e-6)
+
+
+def test_ZipCache_counts_what_later_tokens_give_to_tokens_stored_before_for_nothing():
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(4, 40, 8, generator=generator)
+    k = torch.randn(2, 40, 8, generator=generator)
+    late = StoreContext(site=site(0), queries=q[:, 25:], keys=k, scale=0.3)
+    assert (late.num_before, late.num_tokens) == (25, 15)
     logits = q @ k.repeat_interleave(2, 0).mT * 0.3
-    dense = logits.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf).softmax(-1)
-    assert torch.allclose(attention_rows(q, k, 0.3, [0, 4, 8]), dense[:, [0, 4, 8]], atol=1e-6)
-    late = StoreContext(site=site(0), queries=q[:, 5:], keys=k, scale=0.3)
-    assert late.num_tokens == 4
-    assert torch.allclose(late.rows([1, 3]), dense[:, [6, 8]][..., 5:], atol=1e-6)
+    dense = logits.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).softmax(-1)
+    recipe = ZipCache(latest=0.4, sampled=0, salient=0.2)
+    given = dense.mean(0)[34:, 25:].sum(0)
+    seen = 6 - (torch.arange(15) - 9).clamp(min=0)
+    wanted = (given / seen).topk(3).indices.sort().values
+    bits = recipe.store(late)
+    assert bits is not None
+    assert (bits == 4).nonzero()[:, 0].tolist() == wanted.tolist()
 
 
 def store_context(weights: Tensor) -> StoreContext:

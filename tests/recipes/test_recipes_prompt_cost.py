@@ -23,7 +23,6 @@ WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "equal",
 
 KNOWN = {
     "DivPrune": "some six launches for each token kept, where no kernel does it in one",
-    "AIMPruning": "attention of the whole prompt, several times",
 }
 """Recipes that take more, and say so."""
 

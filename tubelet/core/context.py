@@ -236,6 +236,22 @@ class BlockTools(Protocol):
         """True for `k` tokens that lie far apart, chosen one after the other."""
         ...
 
+    def row_totals(self, q: Tensor, k: Tensor, places: Tensor, scale: float) -> Tensor:
+        """Log-sum-exp of some rows of causal attention."""
+        ...
+
+    def received(
+        self,
+        q: Tensor,
+        k: Tensor,
+        places: Tensor,
+        scale: float,
+        totals: Tensor,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Attention that each key receives from some rows of causal attention."""
+        ...
+
     def mask(
         self, kept: Tensor, *, block: tuple[int, int], num_queries: int, num_keys: int
     ) -> BlockMask:

@@ -3,15 +3,13 @@
 Both contexts are about one prompt in one layer and know no padding: places count its real tokens.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tubelet.core.context import Site
+from tubelet.core.context import BlockTools, Site
 
 BITS = (2, 4, 8, 16)
 """Bits per number that a cache can store a token with; 16 leaves it as it is, in any dtype."""
@@ -28,27 +26,24 @@ class StoreContext:
         queries: [H, n, D] queries of these tokens, positions applied.
         keys: [Hkv, m, D] keys of all tokens up to the last of these, as attention saw them.
         scale: Factor on the logits.
+        tools: Operations that fit the device; None leaves them to plain torch.
     """
 
     site: Site
     queries: Float[Tensor, "h n d"]
     keys: Float[Tensor, "hkv m d"]
     scale: float
+    tools: BlockTools | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens to decide on, n."""
         return self.queries.shape[1]
 
-    def rows(self, places: "Sequence[int] | Tensor") -> Float[Tensor, "h q n"]:
-        """Attention of some of these tokens to all of these tokens, float32.
-
-        Shares of a softmax over all keys up to the query, those stored before among them.
-
-        Args:
-            places: In [0, n).
-        """
-        return attention_rows(self.queries, self.keys, self.scale, places)[..., -self.num_tokens :]
+    @property
+    def num_before(self) -> int:
+        """Tokens stored before them, m - n."""
+        return self.keys.shape[1] - self.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +75,6 @@ class ReadContext:
 
         All of them, also where that layer read only some.
         """
-        return attention_rows(self.query, self.keys, self.scale, [0])[:, 0]
-
-
-def attention_rows(q: Tensor, k: Tensor, scale: float, places: "Sequence[int] | Tensor") -> Tensor:
-    """[H, len(places), m] float32 causal softmax rows of some queries.
-
-    Args:
-        q: [H, n, D], the last n of the m tokens.
-        k: [Hkv, m, D].
-        scale: Factor on the logits.
-        places: In [0, n).
-    """
-    num, whole = q.shape[1], k.shape[1]
-    index = torch.as_tensor(places, device=q.device)
-    rows = q[:, index].float().unflatten(0, (k.shape[0], -1))
-    logits = (rows @ k.float()[:, None].mT * scale).flatten(0, 1)
-    behind = torch.arange(whole, device=q.device) > (index + whole - num)[:, None]
-    return logits.masked_fill(behind, -torch.inf).softmax(-1)
+        query = self.query.float().unflatten(0, (self.keys.shape[0], -1))
+        logits = query @ self.keys.float()[:, None].mT * self.scale
+        return logits.flatten(0, 2).softmax(-1)

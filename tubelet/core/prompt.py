@@ -145,6 +145,7 @@ class LayerContext:
         text_embeds: [Q, C] the other tokens as they entered the first layer.
         vision: What was asked of the vision tower for the tokens that are left, by (statistic,
             layer as the recipe wrote it).
+        tools: Operations that fit the device; None leaves them to plain torch.
     """
 
     site: Site
@@ -158,6 +159,7 @@ class LayerContext:
     embeds: Float[Tensor, "1 m c"] | None = None
     text_embeds: Float[Tensor, "q c"] | None = None
     vision: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    tools: BlockTools | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from tubelet.core.errors import UnsupportedError
@@ -38,9 +37,19 @@ def stored_layer() -> type[Any]:
             tail = super().update(key_states, value_states, *args, **kwargs)
             if not self.chunks:
                 return tail
-            parts = [*(chunk.restore() for chunk in self.chunks), tail]
-            keys, values = zip(*parts, strict=True)
-            return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+            return self._whole(*tail)
+
+        def _whole(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            """All that is held with the tail behind it, restored where it belongs."""
+            sizes = [*(chunk.shape[2] for chunk in self.chunks), keys.shape[2]]
+            batch, heads, _, channels = keys.shape
+            found = [x.new_empty(batch, heads, sum(sizes), channels) for x in (keys, values)]
+            *places, last = zip(*(x.split(sizes, dim=2) for x in found), strict=True)
+            for chunk, place in zip(self.chunks, places, strict=True):
+                chunk.restore_into(*place)
+            for place, x in zip(last, (keys, values), strict=True):
+                place.copy_(x)
+            return found[0], found[1]
 
         @property
         def num_waiting(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tubelet.core.errors import ShapeError, UnsupportedError
 from tubelet.core.kv import BITS, ReadContext, StoreContext
 from tubelet.core.recipe import KVPolicy, KVReads, KVStorage
+from tubelet.kernels.selection import TOOLS
 from tubelet.models.kv_cache import stored_layer, take_over
 from tubelet.models.layer_runtime import refuse_replay
 from tubelet.models.watched_attention import HostAttention, put_around, uncompiled
@@ -33,21 +34,41 @@ STATE = "_tubelet_kv"
 """Attribute of a run: what the recipes remember of it."""
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a cache hold, in layers without a cut between them.
+
+    Args:
+        width: Columns of the prompt, padding included.
+        real: For each row, which of these are no padding.
+        video: For each row, [M] True at those real ones that hold the video.
+    """
+
+    width: int
+    real: list[Tensor]
+    video: list[Tensor]
+
+    def with_answer(self, num: int) -> list[tuple[Tensor, Tensor]]:
+        """For each row the real ones of `num` columns, and [M] True at video tokens."""
+        behind = torch.arange(self.width, num, device=self.real[0].device)
+        answer = (0, num - self.width)
+        return [
+            (torch.cat([real, behind]), nn.functional.pad(video, answer, value=False))
+            for real, video in zip(self.real, self.video, strict=True)
+        ]
+
+
 @dataclass
 class KVState:
     """What a run has seen, from its first token to the last of its answer.
 
     Args:
-        widths: Columns of the prompt in each layer's cache, padding included.
-        columns, video: For each layer and row, which of these are real, and which of the real
-            ones hold the video.
+        columns: By the layer of the last cut, None in front of all.
         waiting: [B, H, n, D] queries, in each layer, of tokens that are to be stored.
         memory: For each row of the batch, what the recipe of reads remembers.
     """
 
-    widths: dict[int, int] = field(default_factory=dict)
-    columns: dict[int, list[Tensor]] = field(default_factory=dict)
-    video: dict[int, list[Tensor]] = field(default_factory=dict)
+    columns: dict[int | None, Columns] = field(default_factory=dict)
     waiting: dict[int, list[Tensor]] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -59,6 +80,7 @@ class KVCall:
     Args:
         prompt: Whether it is the prompt's own call.
         before: Query, key and scale of the layer before, where the next one asks for them.
+        tokens: What `_tokens` found, by the layer of the last cut and the columns asked for.
     """
 
     run: "Run"
@@ -66,6 +88,7 @@ class KVCall:
     cache: Any
     prompt: bool
     before: tuple[Tensor, Tensor, float] | None = None
+    tokens: dict[tuple[int | None, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
 class KVRuntime:
@@ -214,21 +237,23 @@ class KVRuntime:
 
     def _tokens(self, call: KVCall, layer: int, rows: int, num: int) -> list[tuple[Tensor, Tensor]]:
         """For each row the real columns of a layer's cache and [M] True at video tokens."""
-        state = call.state
-        if layer not in state.widths:
-            stage = self.prompts.layers.stage(call.run, layer)
-            state.widths[layer] = stage.mask.shape[1]
-            columns = [real.nonzero()[:, 0] for real in stage.mask]
-            video = [shown[own] for shown, own in zip(stage.video, columns, strict=True)]
-            copies = rows // call.run.prompt.batch
-            state.columns[layer] = [own for own in columns for _ in range(copies)]
-            state.video[layer] = [own for own in video for _ in range(copies)]
-        answer = (0, num - state.widths[layer])
-        behind = torch.arange(state.widths[layer], num, device=state.columns[layer][0].device)
-        return [
-            (torch.cat([columns, behind]), nn.functional.pad(video, answer, value=False))
-            for columns, video in zip(state.columns[layer], state.video[layer], strict=True)
-        ]
+        cut, known = self.prompts.layers.last_cut(call.run, layer), call.state.columns
+        if cut not in known:
+            known[cut] = self._columns(call, layer, rows)
+        if (cut, num) not in call.tokens:
+            call.tokens[cut, num] = known[cut].with_answer(num)
+        return call.tokens[cut, num]
+
+    def _columns(self, call: KVCall, layer: int, rows: int) -> Columns:
+        stage = self.prompts.layers.stage(call.run, layer)
+        real = [own.nonzero()[:, 0] for own in stage.mask]
+        video = [shown[own] for shown, own in zip(stage.video, real, strict=True)]
+        copies = rows // call.run.prompt.batch
+        return Columns(
+            width=stage.mask.shape[1],
+            real=[own for own in real for _ in range(copies)],
+            video=[own for own in video for _ in range(copies)],
+        )
 
     # Reads
 
@@ -283,6 +308,7 @@ class KVRuntime:
                 queries=queries[row][:, stored[-1]],
                 keys=k[row][:, columns],
                 scale=scale,
+                tools=TOOLS,
             )
             bits.append(self._checked(recipe, recipe.store(ctx), ctx.num_tokens))
         held.store(stored, bits)
@@ -292,7 +318,8 @@ class KVRuntime:
         """The bits, counted in the report."""
         if bits is None:
             return None
-        counts = {number: int((bits == number).sum()) for number in BITS}
+        found = torch.stack([(bits == number).sum() for number in BITS]).tolist()
+        counts = dict(zip(BITS, found, strict=True))
         if bits.shape != (num,) or sum(counts.values()) != num:
             raise ShapeError(f"{recipe} must give one of {BITS} bits for each of {num} tokens")
         for number in BITS[:-1]:
@@ -340,24 +367,21 @@ def _gathered(
     Raises:
         UnsupportedError: Prompts differ in number, but the host takes no mask of four axes.
     """
-    longest = max(own.shape[1] for own in columns)
-    index = k.new_zeros(*k.shape[:2], longest, dtype=torch.int64)
-    for row, own in enumerate(columns):
-        index[row, :, : own.shape[1]] = own
-    spread = index[..., None].expand(-1, -1, -1, k.shape[3])
-    picked = k.gather(2, spread), v.gather(2, index[..., None].expand(-1, -1, -1, v.shape[3]))
-    lengths = torch.tensor([own.shape[1] for own in columns], device=k.device)
-    if int(lengths.min()) == longest:
-        return *picked, None
+    sizes = [own.shape[1] for own in columns]
+    longest = max(sizes)
+    parts = [nn.functional.pad(own, (0, longest - own.shape[1])) for own in columns]
+    index = torch.stack([own.expand(k.shape[1], -1) for own in parts])[..., None]
+    picked = [x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (k, v)]
+    if min(sizes) == longest:
+        return picked[0], picked[1], None
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         raise UnsupportedError(
             "prompts of a batch that read different numbers of tokens need attention that takes a "
             "mask of four axes; use sdpa or eager attention, or prompts of one length"
         )
-    live = torch.arange(longest, device=k.device) < lengths[:, None]
-    live = live[:, None, None]
-    if mask.dtype == torch.bool:
-        return *picked, live
-    return *picked, torch.zeros_like(live, dtype=mask.dtype).masked_fill(
-        ~live, torch.finfo(mask.dtype).min
-    )
+    lengths = torch.tensor(sizes, device=k.device)
+    live = (torch.arange(longest, device=k.device) < lengths[:, None])[:, None, None]
+    if mask.dtype != torch.bool:
+        least = torch.finfo(mask.dtype).min
+        live = torch.zeros_like(live, dtype=mask.dtype).masked_fill(~live, least)
+    return picked[0], picked[1], live

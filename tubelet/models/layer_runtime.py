@@ -18,6 +18,7 @@ from tubelet.core.errors import UnsupportedError
 from tubelet.core.handle import Handle
 from tubelet.core.prompt import LayerContext
 from tubelet.core.recipe import LayerReduction
+from tubelet.kernels.selection import TOOLS
 from tubelet.models.layer_statistics import PromptStatistics
 from tubelet.models.prompt import Prompt, earliest_member, packed_order
 from tubelet.models.watched_attention import watch
@@ -238,10 +239,14 @@ class LayerRuntime:
 
         return hook
 
+    def last_cut(self, run: "Run", layer: int) -> int | None:
+        """The layer of the last decision whose result a layer sees."""
+        return max((cut for cut in run.cuts if cut <= layer), default=None)
+
     def stage(self, run: "Run", layer: int) -> Stage:
         """The prompt's tokens as a layer sees them, behind what was decided so far."""
-        earlier = [cut for cut in run.cuts if cut <= layer]
-        return run.cuts[max(earlier)].stage if earlier else Stage.of(run.prompt)
+        cut = self.last_cut(run, layer)
+        return Stage.of(run.prompt) if cut is None else run.cuts[cut].stage
 
     # One cut
 
@@ -309,6 +314,7 @@ class LayerRuntime:
             embeds=entered[prompt.video[row]][None],
             text_embeds=entered[prompt.mask[row] & ~prompt.written[row]],
             vision={asked: values[:, anchor[0]] for asked, values in seen.items()},
+            tools=TOOLS,
         )
 
     def _arguments(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tubelet.core.block_mask import BlockMask
 from tubelet.core.grid import TokenGrid
-from tubelet.ops import block_score, select
+from tubelet.ops import block_score, causal_rows, select
 
 
 class PlainTools:
@@ -76,6 +76,28 @@ class PlainTools:
     ) -> Bool[Tensor, "b n"]:
         """See `tubelet.ops.select.max_min`."""
         return select.max_min(x, k, weight)
+
+    def row_totals(
+        self,
+        q: Float[Tensor, "h r d"],
+        k: Float[Tensor, "g m d"],
+        places: Int[Tensor, "r"],
+        scale: float,
+    ) -> Float[Tensor, "h r"]:
+        """See `tubelet.ops.causal_rows.row_totals`."""
+        return causal_rows.row_totals(q, k, places, scale)
+
+    def received(
+        self,
+        q: Float[Tensor, "h r d"],
+        k: Float[Tensor, "g m d"],
+        places: Int[Tensor, "r"],
+        scale: float,
+        totals: Float[Tensor, "h r"],
+        weight: Float[Tensor, "h r"] | None = None,
+    ) -> Float[Tensor, "h m"]:
+        """See `tubelet.ops.causal_rows.received`."""
+        return causal_rows.received(q, k, places, scale, totals, weight)
 
     def mask(
         self,

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.context import Site
+from tubelet.core.context import BlockTools, Site
 from tubelet.core.prompt import LayerContext, LayerStatistics, PromptContext
 from tubelet.core.recipe import LayerReduction, Paper, PromptReduction, param
-from tubelet.ops.cosine import products
 from tubelet.ops.merge import alternate_similarity, bipartite_match, drop
 from tubelet.ops.select import budget, top_k
+from tubelet.ops.tools import PLAIN
 
 _AIM = Paper("AIM: Adaptive Inference via Token Merging and Pruning", "2412.03248", "ICCV", 2025)
 
@@ -91,8 +91,7 @@ class AIMPruning(LayerReduction):
     video token at all.
     Gap from paper: one token stays, since no plan may empty a prompt of its video.
     Not settled: whether keys behind the query take part in the graph; here they do not.
-    Each decision computes the attention of a layer `rounds` times, a part of the queries at once:
-    quadratic in the prompt, and for thousands of video tokens slower than what it saves.
+    Each decision computes the attention of a layer `rounds` + 1 times, quadratic in the prompt.
     """
 
     paper = _AIM
@@ -114,7 +113,8 @@ class AIMPruning(LayerReduction):
         num = max(1, round(ctx.num_entered * share))
         if num >= ctx.num_tokens:
             return None
-        score = _page_rank(ctx.statistics(), self.rounds, self.temperature)
+        stats, tools = ctx.statistics(), ctx.tools or PLAIN
+        score = _page_rank(stats, self.rounds, self.temperature, tools)
         return drop(top_k(score[None], num), num)
 
 
@@ -129,19 +129,15 @@ def _frames_in_a_row(plan: TokenAssignment) -> TokenAssignment:
     )
 
 
-def _page_rank(stats: LayerStatistics, rounds: int, temperature: float, chunk: int = 128) -> Tensor:
+def _page_rank(
+    stats: LayerStatistics, rounds: int, temperature: float, tools: BlockTools
+) -> Tensor:
     """[N] rank of the video tokens in the graph of sharpened attention among all tokens."""
-    q, k = stats.queries(), stats.keys()
-    num, places = q.shape[1], torch.arange(q.shape[1], device=q.device)
-    rank = torch.full((q.shape[0], num), 1 / num, device=q.device)
+    q, k, scale = stats.queries(), stats.keys(), stats.scale / temperature
+    heads, num = q.shape[:2]
+    places = torch.arange(num, device=q.device)
+    totals = tools.row_totals(q, k, places, scale)
+    rank = torch.full((heads, num), 1 / num, device=q.device)
     for _ in range(rounds):
-        flow = torch.zeros_like(rank)
-        for start in range(0, num, chunk):
-            # Keys behind the last of these queries have no part in them.
-            end = min(start + chunk, num)
-            logits = products(q[:, start:end], k[:, :end]).mul_(stats.scale / temperature)
-            behind = places[:end] > places[start:end, None]
-            share = logits.masked_fill_(behind, -torch.inf).softmax(-1)
-            flow[:, :end] += (rank[:, None, start:end] @ share)[:, 0]
-        rank = flow
+        rank = tools.received(q, k, places, scale, totals, rank)
     return rank.square().mean(0).sqrt()[stats.video_places()]

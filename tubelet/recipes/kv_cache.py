@@ -13,9 +13,7 @@ from tubelet.core.kv import BITS, ReadContext, StoreContext
 from tubelet.core.recipe import KVReads, KVStorage, Paper, param
 from tubelet.ops.score import rank_of, white_noise
 from tubelet.ops.select import budget, kept_positions, top_k
-
-_ROWS = 64
-"""Attention rows that exist at once."""
+from tubelet.ops.tools import PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +26,8 @@ class ZipCache(KVStorage):
     channel by channel, values token by token behind a division of each channel by the square root
     of its largest magnitude. New tokens are kept as they came until there are `every` of them.
     The cache is restored to its dtype at each step, layer by layer, so steps are not faster; the
-    authors fuse that with attention. The samples' attention is computed once more in every layer,
-    in float32 by plain operations: a tenth of the prompt's queries, more than a fused prefill
-    can hide.
+    authors fuse that with attention. The samples' attention is computed once more, twice over, in
+    every layer: a tenth of the prompt's queries.
     Not settled: whether the authors decide again on tokens that are stored already; not here.
     """
 
@@ -59,9 +56,11 @@ class ZipCache(KVStorage):
         if self.salient_bits == self.other_bits == 16:
             return None
         samples = self._samples(ctx.num_tokens, ctx.queries.device)
-        received = torch.zeros(ctx.num_tokens, device=samples.device)
-        for part in samples.split(_ROWS):
-            received += ctx.rows(part).mean(0).sum(0)
+        queries, seen_up_to = ctx.queries[:, samples], samples + ctx.num_before
+        tools = ctx.tools or PLAIN
+        totals = tools.row_totals(queries, ctx.keys, seen_up_to, ctx.scale)
+        given = tools.received(queries, ctx.keys, seen_up_to, ctx.scale, totals).mean(0)
+        received = given[ctx.num_before :]
         places = torch.arange(ctx.num_tokens, device=samples.device)
         # The last token is a sample, so every token is seen by one.
         seen = len(samples) - torch.searchsorted(samples, places)

@@ -8,6 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tubelet.kernels.cache.packing import Quantized, quantize
+from tubelet.kernels.triton_support import on_device, unavailable
+
+TILE = 64
+"""Tokens that one program restores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +26,10 @@ class RawChunk:
         """B, Hkv, n and D, padding included."""
         return tuple(self.keys.shape)
 
-    def restore(self) -> tuple[Tensor, Tensor]:
-        """Keys and values."""
-        return self.keys, self.values
+    def restore_into(self, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values, [B, Hkv, n, D] each."""
+        keys.copy_(self.keys)
+        values.copy_(self.values)
 
     def nbytes(self) -> int:
         """Bytes held."""
@@ -63,13 +68,37 @@ class _Group:
             norm=norm,
         )
 
-    def restore(self) -> tuple[Tensor, Tensor]:
-        """[Hkv, n, D] keys and values."""
-        keys = self.keys.restore() if isinstance(self.keys, Quantized) else self.keys
-        if not isinstance(self.values, Quantized):
-            return keys, self.values
-        assert self.norm is not None
-        return keys, self.values.restore() * self.norm.float()
+    def restore_into(self, keys: Tensor, values: Tensor) -> None:
+        """Write the tokens to their columns of [Hkv, m, D] each."""
+        if not isinstance(self.keys, Quantized) or not isinstance(self.values, Quantized):
+            own_keys, own_values = self.keys, self.values
+            assert isinstance(own_keys, Tensor)
+            assert isinstance(own_values, Tensor)
+        elif unavailable(keys.device) is None:
+            self._fused(self.keys, self.values, keys, values)
+            return
+        else:
+            assert self.norm is not None
+            own_keys = self.keys.restore()
+            own_values = self.values.restore() * self.norm.float()
+        columns = self.columns.long()
+        keys[:, columns] = own_keys.to(keys.dtype)
+        values[:, columns] = own_values.to(values.dtype)
+
+    def _fused(self, codes: Quantized, others: Quantized, keys: Tensor, values: Tensor) -> None:
+        """In one launch, without the numbers in float32."""
+        from tubelet.kernels.cache import triton_kernels as kernels
+
+        heads, num, width = keys.shape[0], len(self.columns), keys.shape[2]
+        with on_device(keys):
+            kernels.restore[(heads * -(-num // TILE), 2)](
+                *(*codes.tensors(), *others.tensors(), self.norm, self.columns, keys, values),
+                *(*keys.stride()[:2], *values.stride()[:2], num),
+                BITS=codes.bits,
+                TILE=TILE,
+                D=width,
+                PD=max(16, 1 << (width - 1).bit_length()),
+            )
 
     def nbytes(self) -> int:
         parts = [self.columns] if self.norm is None else [self.columns, self.norm]
@@ -91,8 +120,6 @@ class PackedChunk:
 
     groups: tuple[tuple[_Group, ...], ...]
     shape: tuple[int, ...]
-    like: Tensor
-    """An empty tensor of the dtype of the keys, where they are."""
 
     @classmethod
     def of(
@@ -121,20 +148,16 @@ class PackedChunk:
                     _Group.of(own.int(), keys[row][:, own], values[row][:, own], int(number))
                 )
             groups.append(tuple(parts))
-        shape = tuple(keys.shape)
-        return cls(groups=tuple(groups), shape=shape, like=keys.new_empty(0))
+        return cls(groups=tuple(groups), shape=tuple(keys.shape))
 
-    def restore(self) -> tuple[Tensor, Tensor]:
-        """[B, Hkv, n, D] keys and values in their dtype; 0 at padding."""
-        keys = self.like.new_zeros(self.shape)
-        values = torch.zeros_like(keys)
+    def restore_into(self, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values, [B, Hkv, n, D] each with adjacent channels; 0 at padding."""
         for row, parts in enumerate(self.groups):
+            if sum(len(group.columns) for group in parts) < self.shape[2]:
+                keys[row].zero_()
+                values[row].zero_()
             for group in parts:
-                columns = group.columns.long()
-                own_keys, own_values = group.restore()
-                keys[row][:, columns] = own_keys.to(keys.dtype)
-                values[row][:, columns] = own_values.to(keys.dtype)
-        return keys, values
+                group.restore_into(keys[row], values[row])
 
     def nbytes(self) -> int:
         """Bytes held."""

@@ -118,6 +118,32 @@ class FusedTools(PlainTools):
             return super().max_min(x, k, weight)
         return fused.max_min(x, k, weight)
 
+    def row_totals(
+        self,
+        q: Float[Tensor, "h r d"],
+        k: Float[Tensor, "g m d"],
+        places: Int[Tensor, "r"],
+        scale: float,
+    ) -> Float[Tensor, "h r"]:
+        """As in `PlainTools`, without a table of logits."""
+        if q.shape[2] > fused.CHANNELS or not takes(q, k):
+            return super().row_totals(q, k, places, scale)
+        return fused.row_totals(q, k, places, scale)
+
+    def received(
+        self,
+        q: Float[Tensor, "h r d"],
+        k: Float[Tensor, "g m d"],
+        places: Int[Tensor, "r"],
+        scale: float,
+        totals: Float[Tensor, "h r"],
+        weight: Float[Tensor, "h r"] | None = None,
+    ) -> Float[Tensor, "h m"]:
+        """As in `PlainTools`, without a table of logits."""
+        if q.shape[2] > fused.CHANNELS or not takes(q, k):
+            return super().received(q, k, places, scale, totals, weight)
+        return fused.received(q, k, places, scale, totals, weight)
+
     def mask(
         self,
         kept: Bool[Tensor, "b h mq mk"],

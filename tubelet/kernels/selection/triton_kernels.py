@@ -189,6 +189,77 @@ def block_mass(
 
 @triton.jit
 @no_type_check
+def row_totals(
+    Q, K, PLACES, TOTALS, q_head, q_row, k_head, k_row, groups, num_rows, num_keys, scale,
+    TQ: tl.constexpr, TK: tl.constexpr, D: tl.constexpr, PD: tl.constexpr,
+):  # fmt: skip
+    """Natural log-sum-exp of TQ rows, each over the keys up to its place.
+
+    Grid: heads x tiles of rows. PLACES and TOTALS are contiguous; `scale` includes log2(e).
+    """
+    tiles = tl.cdiv(num_rows, TQ)
+    tile, h = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    rows, channels = tile * TQ + tl.arange(0, TQ), tl.arange(0, PD)
+    real = rows < num_rows
+    place = tl.load(PLACES + rows, mask=real, other=-1)
+    at = Q + h.to(tl.int64) * q_head + rows.to(tl.int64)[:, None] * q_row + channels[None, :]
+    queries = tl.load(at, mask=real[:, None] & (channels < D)[None, :], other=0.0)
+    keys = K + (h // groups).to(tl.int64) * k_head
+    m = tl.full([TQ], float("-inf"), tl.float32)
+    total = tl.zeros([TQ], tl.float32)
+    zero = tl.zeros([], tl.int32)
+    for start in range(0, tl.max(place, 0) + 1, TK):
+        logits = _logits(queries, keys, zero + start, k_row, num_keys, scale, TK, D, PD)
+        seen = (start + tl.arange(0, TK))[None, :] <= place[:, None]
+        logits = tl.where(seen, logits, float("-inf"))
+        m_new = tl.maximum(m, tl.max(logits, 1))
+        # Rows past the end see nothing.
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        total = total * tl.exp2(m - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+        m = m_new
+    value = (m + tl.log2(total)) / LOG2E
+    tl.store(TOTALS + h.to(tl.int64) * num_rows + rows, value, mask=real)
+
+
+@triton.jit
+@no_type_check
+def received(
+    Q, K, PLACES, FIRST, TOTALS, WEIGHT, OUT,
+    q_head, q_row, k_head, k_row, groups, num_rows, num_keys, scale,
+    WEIGHTED: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, D: tl.constexpr,
+    PD: tl.constexpr,
+):  # fmt: skip
+    """Sum over all rows of their attention to each of TK keys; places ascend.
+
+    Grid: heads x tiles of keys. FIRST is the first row that sees a key of each tile. All but Q and
+    K are contiguous; `scale` includes log2(e).
+    """
+    tiles = tl.cdiv(num_keys, TK)
+    tile, h = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    own, channels = tile * TK + tl.arange(0, TK), tl.arange(0, PD)
+    wide = (channels < D)[None, :]
+    at = K + (h // groups).to(tl.int64) * k_head + own.to(tl.int64)[:, None] * k_row
+    keys = tl.load(at + channels[None, :], mask=(own < num_keys)[:, None] & wide, other=0.0)
+    line = h.to(tl.int64) * num_rows
+    found = tl.zeros([TK], tl.float32)
+    for start in range(tl.load(FIRST + tile), num_rows, TQ):
+        rows = start + tl.arange(0, TQ)
+        real = rows < num_rows
+        at = Q + h.to(tl.int64) * q_head + rows.to(tl.int64)[:, None] * q_row + channels[None, :]
+        queries = tl.load(at, mask=real[:, None] & wide, other=0.0)
+        place = tl.load(PLACES + rows, mask=real, other=-1)
+        total = tl.load(TOTALS + line + rows, mask=real, other=0.0) * LOG2E
+        logits = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
+        shares = tl.exp2(logits - total[None, :])
+        if WEIGHTED:
+            shares *= tl.load(WEIGHT + line + rows, mask=real, other=0.0)[None, :]
+        # Without meaning, and possibly infinite, where a row does not see a key.
+        found += tl.sum(tl.where(own[:, None] <= place[None, :], shares, 0.0), 1)
+    tl.store(OUT + h.to(tl.int64) * num_keys + own, found, mask=own < num_keys)
+
+
+@triton.jit
+@no_type_check
 def group_mass(
     LOGITS, MASS, row_step, columns, groups, scale, part, num, first,
     GROUP: tl.constexpr, WIDTH: tl.constexpr,

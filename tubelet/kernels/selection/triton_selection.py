@@ -24,6 +24,12 @@ LONG = 4096
 PASSES = 9
 """Over long rows: eight find four bits of the threshold each, the last one applies it."""
 
+ROWS = (128, 64)
+"""Sizes of a tile of logits: the side whose statistic a program keeps, and the one it walks."""
+
+CHANNELS = 256
+"""Widest heads whose tiles fit on chip."""
+
 SMALL = (4, 8, 16, 32)
 """Tokens of blocks that are averaged many at a time."""
 
@@ -243,6 +249,57 @@ def max_min(x: Tensor, k: int, weight: Tensor | None) -> Tensor:
             num_warps=min(32, max(1, width // 512)),
         )
     return chosen
+
+
+def row_totals(q: Tensor, k: Tensor, places: Tensor, scale: float) -> Tensor:
+    """One pass over the logits, in float32."""
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    q, k = _along_channels(q), _along_channels(k)
+    (heads, rows, width), tile = q.shape, ROWS[0]
+    totals = torch.empty(heads, rows, device=q.device)
+    with on_device(q):
+        kernels.row_totals[(heads * -(-rows // tile),)](
+            *(q, k, places.int(), totals, *q.stride()[:2], *k.stride()[:2]),
+            *(heads // k.shape[0], rows, k.shape[1], scale * LOG2E),
+            TQ=tile,
+            TK=ROWS[1],
+            D=width,
+            PD=max(16, _power(width)),
+            num_warps=8,
+        )
+    return totals
+
+
+def received(
+    q: Tensor, k: Tensor, places: Tensor, scale: float, totals: Tensor, weight: Tensor | None
+) -> Tensor:
+    """One more pass over the logits, key by key."""
+    from tubelet.kernels.selection import triton_kernels as kernels
+
+    q, k = _along_channels(q), _along_channels(k)
+    (heads, rows, width), num, tile = q.shape, k.shape[1], ROWS[0]
+    starts = torch.arange(0, num, tile, device=q.device, dtype=torch.int32)
+    places = places.int()
+    first = torch.searchsorted(places, starts, out_int32=True)
+    found = torch.empty(heads, num, device=q.device)
+    weight = totals if weight is None else weight.float().contiguous()
+    with on_device(q):
+        kernels.received[(heads * len(starts),)](
+            *(q, k, places, first, totals.contiguous(), weight, found),
+            *(*q.stride()[:2], *k.stride()[:2], heads // k.shape[0], rows, num, scale * LOG2E),
+            WEIGHTED=weight is not totals,
+            TQ=ROWS[1],
+            TK=tile,
+            D=width,
+            PD=max(16, _power(width)),
+            num_warps=8,
+        )
+    return found
+
+
+def _along_channels(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def lists(kept: Tensor) -> tuple[Tensor, Tensor]:
