@@ -59,14 +59,21 @@ def stored_layer() -> type[Any]:
         def get_seq_length(self) -> int:
             return sum(chunk.shape[2] for chunk in self.chunks) + self.num_waiting
 
-        def store(self, columns: Sequence[Tensor], bits: Sequence[Tensor | None]) -> None:
-            """Make a chunk of the waiting tokens; see `PackedChunk.of`."""
+        def store(self, columns: Sequence[Tensor], bits: Sequence[Tensor | None]) -> dict[int, int]:
+            """Make a chunk of the waiting tokens; see `PackedChunk.of`.
+
+            Returns:
+                How many of them have how many bits now; nothing where no token was decided on.
+            """
             keys, values = self._tail()
             if all(wanted is None for wanted in bits):
-                self.chunks.append(RawChunk(keys=keys, values=values))
+                chunk, counts = RawChunk(keys=keys, values=values), {}
             else:
-                self.chunks.append(PackedChunk.of(keys, values, columns, bits))
+                chunk = PackedChunk.of(keys, values, columns, bits)
+                counts = chunk.counts()
+            self.chunks.append(chunk)
             self.keys, self.values = keys.new_empty(0), values.new_empty(0)
+            return counts
 
         def nbytes(self) -> int:
             """Bytes held."""

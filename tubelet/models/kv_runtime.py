@@ -302,7 +302,8 @@ class KVRuntime:
         queries, first = torch.cat(waiting, dim=2), k.shape[2] - held.num_waiting
         bits, stored = [], []
         for row, (columns, _) in enumerate(self._tokens(call, layer, len(k), k.shape[2])):
-            stored.append(columns[columns >= first] - first)
+            # Comparing would wait for the device, and the prompt has nothing in front of it.
+            stored.append(columns[columns >= first] - first if first else columns)
             ctx = StoreContext(
                 site=self.sites[layer],
                 queries=queries[row][:, stored[-1]],
@@ -310,22 +311,15 @@ class KVRuntime:
                 scale=scale,
                 tools=TOOLS,
             )
-            bits.append(self._checked(recipe, recipe.store(ctx), ctx.num_tokens))
-        held.store(stored, bits)
+            bits.append(recipe.store(ctx))
+        try:
+            counts = held.store(stored, bits)
+        except ShapeError as error:
+            raise ShapeError(f"{recipe}: {error}") from None
         waiting.clear()
-
-    def _checked(self, recipe: KVStorage, bits: Tensor | None, num: int) -> Tensor | None:
-        """The bits, counted in the report."""
-        if bits is None:
-            return None
-        found = torch.stack([(bits == number).sum() for number in BITS]).tolist()
-        counts = dict(zip(BITS, found, strict=True))
-        if bits.shape != (num,) or sum(counts.values()) != num:
-            raise ShapeError(f"{recipe} must give one of {BITS} bits for each of {num} tokens")
-        for number in BITS[:-1]:
-            if counts[number]:
-                self.handle.report().stored[f"{recipe}: {number} bits"] += counts[number]
-        return bits
+        for number, tokens in counts.items():
+            if number != BITS[-1]:
+                self.handle.report().stored[f"{recipe}: {number} bits"] += tokens
 
 
 def _attend(

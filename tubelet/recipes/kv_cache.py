@@ -75,8 +75,8 @@ class ZipCache(KVStorage):
         places = torch.arange(others, num, device=device)
         if wanted == 0:
             return places
-        random = rank_of(white_noise(others, self.seed, device)) < wanted
-        return torch.cat([random.nonzero()[:, 0], places])
+        random = white_noise(others, self.seed, device).argsort(stable=True)[:wanted]
+        return torch.cat([random.sort().values, places])
 
 
 @dataclass(frozen=True, kw_only=True)

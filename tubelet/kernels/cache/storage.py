@@ -1,12 +1,16 @@
 """A stretch of a key-value cache: as it came, or each token in as many bits as it deserves."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tubelet.core.errors import ShapeError
+from tubelet.core.kv import BITS
 from tubelet.kernels.cache.packing import Quantized, quantize
 from tubelet.kernels.triton_support import on_device, unavailable
 
@@ -41,7 +45,8 @@ class _Group:
     """Tokens of one prompt that have the same number of bits.
 
     Args:
-        columns: [n] int32.
+        bits: Of each of their numbers.
+        columns: [n] int32, ascending.
         keys: Codes, each channel with levels of its own, or the keys as they came.
         values: Codes of the values divided by `norm`, each token with levels of its own, or the
             values as they came.
@@ -49,6 +54,7 @@ class _Group:
             values are as they came.
     """
 
+    bits: int
     columns: Tensor
     keys: Quantized | Tensor
     values: Quantized | Tensor
@@ -57,11 +63,12 @@ class _Group:
     @classmethod
     def of(cls, columns: Tensor, keys: Tensor, values: Tensor, bits: int) -> "_Group":
         if bits == 16:
-            return cls(columns=columns, keys=keys, values=values)
+            return cls(bits=bits, columns=columns, keys=keys, values=values)
         norm = values.float().abs().amax(1, keepdim=True).sqrt().to(values.dtype)
         norm = torch.where(norm > 0, norm, 1)
         even = (values.float() / norm.float()).to(values.dtype)
         return cls(
+            bits=bits,
             columns=columns,
             keys=quantize(keys, bits, dim=1),
             values=quantize(even, bits, dim=2),
@@ -136,19 +143,24 @@ class PackedChunk:
             columns: For each prompt those that hold its tokens; the others are padding.
             bits: For each prompt one of 2, 4, 8 or 16 for each of its tokens, or None for 16
                 everywhere.
+
+        Raises:
+            ShapeError: Another number of bits, or not one for each token.
         """
         groups = []
         for row, (real, wanted) in enumerate(zip(columns, bits, strict=True)):
-            if wanted is None:
-                wanted = torch.full_like(real, 16)
             parts = []
-            for number in wanted.unique().tolist():
-                own = real[wanted == number]
-                parts.append(
-                    _Group.of(own.int(), keys[row][:, own], values[row][:, own], int(number))
-                )
+            for number, own in _by_bits(real, wanted):
+                parts.append(_Group.of(own.int(), keys[row][:, own], values[row][:, own], number))
             groups.append(tuple(parts))
         return cls(groups=tuple(groups), shape=tuple(keys.shape))
+
+    def counts(self) -> dict[int, int]:
+        """Tokens by their number of bits, all prompts together."""
+        found = Counter[int]()
+        for group in chain(*self.groups):
+            found[group.bits] += len(group.columns)
+        return dict(found)
 
     def restore_into(self, keys: Tensor, values: Tensor) -> None:
         """Write keys and values, [B, Hkv, n, D] each with adjacent channels; 0 at padding."""
@@ -162,3 +174,14 @@ class PackedChunk:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(group.nbytes() for parts in self.groups for group in parts)
+
+
+def _by_bits(columns: Tensor, bits: Tensor | None) -> list[tuple[int, Tensor]]:
+    """Columns by the number of bits of their tokens, waiting for the device once."""
+    if bits is None:
+        return [(BITS[-1], columns)]
+    counts = torch.stack([(bits == number).sum() for number in BITS]).tolist()
+    if bits.shape != columns.shape or sum(counts) != len(columns):
+        raise ShapeError(f"each of {len(columns)} tokens needs one of {BITS} bits")
+    parts = columns[bits.argsort(stable=True)].split(counts)
+    return [(n, own) for n, own in zip(BITS, parts, strict=True) if len(own)]

@@ -45,9 +45,10 @@ def restore(
         out = TO_KEYS + h64 * k_head + column[:, None] * k_row + channels[None, :]
         tl.store(out, found.to(TO_KEYS.dtype.element_ty), mask=inside)
     else:
-        scale = tl.load(VALUE_SCALE + line, mask=real, other=0.0).to(tl.float32)
-        low = tl.load(VALUE_LOW + line, mask=real, other=0.0).to(tl.float32)
+        # Names of their own: types must not differ between branches.
+        step = tl.load(VALUE_SCALE + line, mask=real, other=0.0).to(tl.float32)
+        least = tl.load(VALUE_LOW + line, mask=real, other=0.0).to(tl.float32)
         norm = tl.load(NORM + h64 * D + channels, mask=wide, other=0.0).to(tl.float32)
-        found = _codes(VALUES, line, real, channels, BITS, D) * scale[:, None] + low[:, None]
-        out = TO_VALUES + h64 * v_head + column[:, None] * v_row + channels[None, :]
-        tl.store(out, (found * norm[None, :]).to(TO_VALUES.dtype.element_ty), mask=inside)
+        even = _codes(VALUES, line, real, channels, BITS, D) * step[:, None] + least[:, None]
+        to = TO_VALUES + h64 * v_head + column[:, None] * v_row + channels[None, :]
+        tl.store(to, (even * norm[None, :]).to(TO_VALUES.dtype.element_ty), mask=inside)

@@ -238,8 +238,8 @@ def received(
     tile, h = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     own, channels = tile * TK + tl.arange(0, TK), tl.arange(0, PD)
     wide = (channels < D)[None, :]
-    at = K + (h // groups).to(tl.int64) * k_head + own.to(tl.int64)[:, None] * k_row
-    keys = tl.load(at + channels[None, :], mask=(own < num_keys)[:, None] & wide, other=0.0)
+    base = K + (h // groups).to(tl.int64) * k_head + own.to(tl.int64)[:, None] * k_row
+    keys = tl.load(base + channels[None, :], mask=(own < num_keys)[:, None] & wide, other=0.0)
     line = h.to(tl.int64) * num_rows
     found = tl.zeros([TK], tl.float32)
     for start in range(tl.load(FIRST + tile), num_rows, TQ):

@@ -24,8 +24,8 @@ LONG = 4096
 PASSES = 9
 """Over long rows: eight find four bits of the threshold each, the last one applies it."""
 
-ROWS = (128, 64)
-"""Sizes of a tile of logits: the side whose statistic a program keeps, and the one it walks."""
+KEPT, WALKED = 128, 64
+"""Sides of a tile of logits: along what a program's statistic is about, and along the other."""
 
 CHANNELS = 256
 """Widest heads whose tiles fit on chip."""
@@ -256,17 +256,16 @@ def row_totals(q: Tensor, k: Tensor, places: Tensor, scale: float) -> Tensor:
     from tubelet.kernels.selection import triton_kernels as kernels
 
     q, k = _along_channels(q), _along_channels(k)
-    (heads, rows, width), tile = q.shape, ROWS[0]
+    (heads, rows, width), tile = q.shape, WALKED
     totals = torch.empty(heads, rows, device=q.device)
     with on_device(q):
         kernels.row_totals[(heads * -(-rows // tile),)](
             *(q, k, places.int(), totals, *q.stride()[:2], *k.stride()[:2]),
             *(heads // k.shape[0], rows, k.shape[1], scale * LOG2E),
             TQ=tile,
-            TK=ROWS[1],
+            TK=WALKED,
             D=width,
             PD=max(16, _power(width)),
-            num_warps=8,
         )
     return totals
 
@@ -278,8 +277,8 @@ def received(
     from tubelet.kernels.selection import triton_kernels as kernels
 
     q, k = _along_channels(q), _along_channels(k)
-    (heads, rows, width), num, tile = q.shape, k.shape[1], ROWS[0]
-    starts = torch.arange(0, num, tile, device=q.device, dtype=torch.int32)
+    (heads, rows, width), num = q.shape, k.shape[1]
+    starts = torch.arange(0, num, KEPT, device=q.device, dtype=torch.int32)
     places = places.int()
     first = torch.searchsorted(places, starts, out_int32=True)
     found = torch.empty(heads, num, device=q.device)
@@ -289,11 +288,10 @@ def received(
             *(q, k, places, first, totals.contiguous(), weight, found),
             *(*q.stride()[:2], *k.stride()[:2], heads // k.shape[0], rows, num, scale * LOG2E),
             WEIGHTED=weight is not totals,
-            TQ=ROWS[1],
-            TK=tile,
+            TQ=WALKED,
+            TK=KEPT,
             D=width,
             PD=max(16, _power(width)),
-            num_warps=8,
         )
     return found
 
