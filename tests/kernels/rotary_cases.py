@@ -52,11 +52,12 @@ def test_the_kernel_gives_what_torch_gives_bit_for_bit(num, heads, width, dtype)
 def test_strides_of_any_kind_and_angles_of_any_precision():
     q, _, cos, sin = projected(21, 3, 24)
     odd = torch.randn(24, 3, 21, device=DEVICE).permute(2, 1, 0)
-    assert odd.stride(2) != 1
+    planes = torch.randn(3, 21, 24, device=DEVICE).transpose(0, 1)
     low = cos.half(), sin.mT.contiguous().mT.double()
-    found = rotary(odd, q.flip(0), *low)
-    wanted = (TURNED(x, low[0].float(), low[1].float()) for x in (odd, q.flip(0)))
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    turn = [x.float() for x in low]
+    for x in (odd, planes, q.flip(0)):
+        assert all(map(torch.equal, rotary(q, x, *low), (TURNED(q, *turn), TURNED(x, *turn))))
+        assert all(map(torch.equal, rotary(x, q, *low), (TURNED(x, *turn), TURNED(q, *turn))))
 
 
 def test_nothing_is_read_or_written_beyond_the_tokens():

@@ -14,11 +14,15 @@ SIZES = torch.tensor([[2, 6, 10], [1, 8, 8], [3, 4, 6]])
 
 
 def build(name, **vision):
-    """A tiny model whose MLP has an uneven width."""
+    """A tiny model whose MLP has an uneven width; no bias is zero, no scale of a norm is one."""
     preset = llm_preset(name)
     if name in QWEN:
         vision = {"intermediate_size": 52, **vision}
-    return replace(preset, vision={**preset.vision, **vision}).build(dtype=torch.float32)
+    model = replace(preset, vision={**preset.vision, **vision}).build(dtype=torch.float32)
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight += 0.3 * torch.randn_like(weight)
+    return model
 
 
 def patches(name, sizes=SIZES):

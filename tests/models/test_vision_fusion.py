@@ -158,6 +158,15 @@ def test_pooling_is_the_hosts(dtype, models):
         assert base.apply_pooling(features).is_contiguous()
 
 
+def test_pooling_of_another_precision_behind_the_first(models):
+    base = models[LLAVA].model
+    with fuse_vision(models[LLAVA]):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.float32):
+            features = torch.randn(1, 64, 8, dtype=dtype)
+            host = type(base).apply_pooling(base, features)
+            close([base.apply_pooling(features)], [host], 2**-7 if dtype.itemsize == 2 else 1e-6)
+
+
 def test_pooling_to_an_odd_side():
     model = build(LLAVA, image_size=36)
     features = torch.randn(2, 81, 8)
