@@ -112,10 +112,11 @@ def test_a_clip_is_read_and_its_time_told(run, tmp_path):
 
 @pytest.mark.parametrize("vision", ["fused", "host", "unsupported"])
 def test_the_vision_tower_is_fused_for_all_rows_where_it_can_be(monkeypatch, tmp_path, vision):
-    seen = []
+    seen, parts = [], []
 
     def row(self, *recipes):
-        seen.append("forward" in vars(self.model.model.visual.patch_embed))
+        parts.append(self.model.model.visual.patch_embed)
+        seen.append("forward" in vars(parts[0]))
         return Row(name="a row", bound=1.0)
 
     def refuse(model):
@@ -131,6 +132,7 @@ def test_the_vision_tower_is_fused_for_all_rows_where_it_can_be(monkeypatch, tmp
     request = llm_run.Request(out=tmp_path, quick=True, dtype="float32", vision=chosen)
     (run,) = llm_run.run_llm(request, lambda *what: None, lambda words: None)
     assert seen == [vision == "fused"] * 3
+    assert "forward" not in vars(parts[0])
     assert ("fused" in run.attention["vision"]) == (vision == "fused")
     notes = [note for note in run.notes if "vision tower runs as the host has it" in note]
     assert len(notes) == (vision == "unsupported")

@@ -69,6 +69,15 @@ def test_nothing_is_read_or_written_beyond_the_tokens():
     assert not any(x.isnan().any() for x in rotary(q, k, cos, sin))
 
 
+def test_gradients_take_the_plain_path(monkeypatch):
+    monkeypatch.setattr(api, "_turned", TURNED)
+    q, k, cos, sin = projected(5, 2, 8)
+    found, _ = rotary(q.requires_grad_(), k, cos, sin)
+    assert found.requires_grad
+    with torch.no_grad():
+        assert rotary(q, k, cos, sin)[0].is_contiguous()
+
+
 def test_no_tokens_are_no_launch():
     assert [x.shape for x in rotary(*projected(0, 2, 8))] == [(2, 0, 8)] * 2
 

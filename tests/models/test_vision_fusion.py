@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,17 +146,38 @@ def test_images_beside_videos(name, models, forced):
             close([model(**inputs).logits], [host], 1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_pooling_is_the_hosts(dtype, models):
-    base = models[LLAVA].model
-    features = torch.randn(3, 64, 24).to(dtype)
-    host = base.apply_pooling(features)
-    with fuse_vision(models[LLAVA]) as fusion:
+@pytest.mark.parametrize(
+    ("width", "dtype", "rows", "padded"),
+    [
+        (3420, torch.bfloat16, 4096, True),
+        (3420, torch.bfloat16, 100, False),
+        (3420, torch.float32, 4096, False),
+        (4304, torch.bfloat16, 4096, False),
+    ],
+)
+def test_what_is_padded_on_a_gpu(width, dtype, rows, padded):
+    x = SimpleNamespace(is_cuda=True, numel=lambda: rows * 1280, shape=(rows, 1280))
+    layer = nn.Linear(width, 8, dtype=dtype)
+    assert ops.pads(x, layer) == padded
+    assert not ops.pads(torch.randn(rows, 1280), layer)
+
+
+# In half precision the weights of the mean are rounded too.
+POOLED = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+@pytest.mark.parametrize("dtype", POOLED, ids=str)
+@pytest.mark.parametrize(("side", "pooled"), [(8, 4), (9, 5)])
+def test_pooling_is_the_hosts(side, pooled, dtype):
+    model = build(LLAVA, image_size=4 * side)
+    features = torch.randn(3, side * side, 24).to(dtype)
+    host = model.model.apply_pooling(features)
+    assert host.shape == (3, pooled * pooled, 24)
+    with fuse_vision(model) as fusion:
         assert str(fusion) == "pooling as a matrix product"
-        # In half precision the weights of the mean are rounded too.
-        tolerance = {torch.float16: 2**-10, torch.bfloat16: 2**-7}.get(dtype, 1e-6)
-        close([base.apply_pooling(features)], [host], tolerance)
-        assert base.apply_pooling(features).is_contiguous()
+        found = model.model.apply_pooling(features)
+    close([found], [host], POOLED[dtype])
+    assert found.is_contiguous()
 
 
 def test_pooling_of_another_precision_behind_the_first(models):
@@ -164,16 +186,7 @@ def test_pooling_of_another_precision_behind_the_first(models):
         for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.float32):
             features = torch.randn(1, 64, 8, dtype=dtype)
             host = type(base).apply_pooling(base, features)
-            close([base.apply_pooling(features)], [host], 2**-7 if dtype.itemsize == 2 else 1e-6)
-
-
-def test_pooling_to_an_odd_side():
-    model = build(LLAVA, image_size=36)
-    features = torch.randn(2, 81, 8)
-    host = model.model.apply_pooling(features)
-    assert host.shape == (2, 25, 8)
-    with fuse_vision(model):
-        close([model.model.apply_pooling(features)], [host], 1e-6)
+            close([base.apply_pooling(features)], [host], POOLED[dtype])
 
 
 @pytest.mark.parametrize("recipe", [FoPru, VisionZip, FastVID, VidCom2], ids=lambda r: r.__name__)
