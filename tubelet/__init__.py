@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tubelet.core.handle import Handle
     from tubelet.models.accelerate import accelerate
     from tubelet.models.load import load_model
+    from tubelet.models.vision_fusion import fuse_vision
     from tubelet.recipes import load_plan
 
 __version__ = "0.1.0"
@@ -26,11 +27,12 @@ _HOMES = {
     "Handle": "tubelet.core.handle",
     "accelerate": "tubelet.models.accelerate",
     "compare": "tubelet.bench.compare",
+    "fuse_vision": "tubelet.models.vision_fusion",
     "load_model": "tubelet.models.load",
     "load_plan": "tubelet.recipes",
 }
 
-__all__ = ["Handle", "accelerate", "compare", "load_model", "load_plan"]
+__all__ = ["Handle", "accelerate", "compare", "fuse_vision", "load_model", "load_plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from tubelet.bench.llm.page import render
 from tubelet.bench.llm.result import LLMRun, Row, Throughput, merged, read_runs
 from tubelet.bench.llm.run import FILES, default_combinations
 from tubelet.bench.llm.table import cells, headers, markdown
-from tubelet.core.errors import RecipeError
+from tubelet.core.errors import RecipeError, UnsupportedError
 from tubelet.models.llm_presets import llm_preset
 from tubelet.video import write_video
 
@@ -53,7 +53,10 @@ def test_a_run_holds_dense_and_every_recipe(found):
     assert found.model == "tiny-qwen3-vl"
     assert found.quick
     assert found.notes[0].startswith("a smoke test")
-    assert found.attention == {"text": "sdpa", "vision": "sdpa, frames packed"}
+    assert found.attention == {
+        "text": "sdpa",
+        "vision": "sdpa; fused: frames packed, patch embedding",
+    }
 
 
 def test_table_and_page_tell_what_was_not_measured(found):
@@ -104,7 +107,35 @@ def test_a_clip_is_read_and_its_time_told(run, tmp_path):
     (data,) = json.loads(text)
     assert data["decode_video"] > 0
     assert data["input"] == "clip.mp4, 8 frames of 32x32"
-    assert data["attention"]["vision"] == "sdpa"
+    assert data["attention"]["vision"] == "sdpa; fused: pooling as a matrix product"
+
+
+@pytest.mark.parametrize("vision", ["fused", "host", "unsupported"])
+def test_the_vision_tower_is_fused_for_all_rows_where_it_can_be(monkeypatch, tmp_path, vision):
+    seen, parts = [], []
+
+    def row(self, *recipes):
+        parts.append(self.model.model.visual.patch_embed)
+        seen.append("forward" in vars(parts[0]))
+        return Row(name="a row", bound=1.0)
+
+    def refuse(model):
+        raise UnsupportedError("Host has no vision tower")
+
+    monkeypatch.setattr(llm_run.LLMBench, "dense", row)
+    monkeypatch.setattr(llm_run.LLMBench, "attempt", row)
+    monkeypatch.setattr(llm_run, "_without_effect", lambda row: False)
+    monkeypatch.setattr(llm_run, "render", lambda runs: "")
+    if vision == "unsupported":
+        monkeypatch.setattr(llm_run, "fuse_vision", refuse)
+    chosen = "host" if vision == "host" else "fused"
+    request = llm_run.Request(out=tmp_path, quick=True, dtype="float32", vision=chosen)
+    (run,) = llm_run.run_llm(request, lambda *what: None, lambda words: None)
+    assert seen == [vision == "fused"] * 3
+    assert "forward" not in vars(parts[0])
+    assert ("fused" in run.attention["vision"]) == (vision == "fused")
+    notes = [note for note in run.notes if "vision tower runs as the host has it" in note]
+    assert len(notes) == (vision == "unsupported")
 
 
 def test_a_run_cut_off_keeps_what_it_has(monkeypatch, tmp_path):
@@ -183,7 +214,7 @@ def test_controls_come_first_at_the_ratio_that_was_asked_for():
         (["--keep", "0"], ["--keep"]),
         (["--question", "1"], ["question"]),
         (["--concurrency", "0"], ["--concurrency"]),
-        (["--vision-attention", "fast"], ["packed or host"]),
+        (["--vision", "fast"], ["fused or host"]),
         (["--dtype", "int3"], ["dtype"]),
         (["--layers", "9"], ["4 layers"]),
         (["--shard", "9/9"], ["no recipe"]),

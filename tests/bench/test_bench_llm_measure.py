@@ -1,4 +1,4 @@
-"""Measuring video language models: packed attention, time split, agreement, bytes, failures."""
+"""Measuring video language models: time split, agreement, bytes, failures."""
 
 import functools
 import time
@@ -9,23 +9,20 @@ from typing import ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tubelet.bench.llm import measure
 from tubelet.bench.llm.clock import StageClock
 from tubelet.bench.llm.inputs import Task, make_prompts, moving_clip
 from tubelet.bench.llm.measure import LLMBench, cache_bytes
-from tubelet.bench.llm.packed import attend, packed_vision
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import Site
 from tubelet.core.errors import NoEffectWarning, TubeletError
-from tubelet.core.grid import TokenGrid
 from tubelet.core.prompt import LayerContext, PromptContext
 from tubelet.core.recipe import LayerReduction, PromptReduction
 from tubelet.models.accelerate import accelerate
 from tubelet.models.catalogue import adapter_for
 from tubelet.models.llm_presets import load_llm
-from tubelet.recipes import AShape, FastV, RandomPrompt, UniformFrames, VisionZip, ZipCache
+from tubelet.recipes import AShape, FastV, RandomPrompt, UniformFrames, ZipCache
 
 CPU = torch.device("cpu")
 LOADED = {
@@ -56,58 +53,6 @@ def measured():
         rows = [found.dense()]
         rows += [found.attempt((r,)) for r in (RandomPrompt(keep_ratio=0.25), FastV(layer=3))]
     return found, rows, said
-
-
-# Packed attention
-
-
-@pytest.mark.parametrize("lengths", [[6, 6, 6], [4, 2, 4, 8, 2], [5]])
-def test_packed_attention_stays_within_each_sequence(lengths):
-    total = sum(lengths)
-    q, k, v = (torch.randn(1, 2, total, 8) for _ in range(3))
-    parts = [x.split(lengths, dim=2) for x in (q, k, v)]
-    wanted = [F.scaled_dot_product_attention(*part, scale=0.3) for part in zip(*parts, strict=True)]
-    found = attend(q, k, v, lengths, 0.3)
-    assert torch.allclose(found, torch.cat(wanted, dim=2).transpose(1, 2), atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
-def test_packed_tower_is_the_hosts_tower(name):
-    # Frames of 3 x 5 tokens: windows of several lengths in Qwen2.5-VL.
-    task = replace(TASK, grid=TokenGrid(frames=2, height=3, width=5))
-    model, inputs = LOADED[name].model, make_prompts(LOADED[name], task, 2)
-    before = model.model.visual.config._attn_implementation
-    calls = []
-
-    def counting(*args, **kwargs):
-        calls.append(1)
-        return F_SDPA(*args, **kwargs)
-
-    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        host = model(**inputs).logits
-        with packed_vision(model) as packed:
-            assert packed
-            assert torch.allclose(model(**inputs).logits, host, atol=1e-4)
-            recipe = VisionZip(keep_ratio=0.4)
-            with accelerate(model, recipe):
-                statistics = model(**inputs).logits
-            patch.setattr(F, "scaled_dot_product_attention", counting)
-            model.model.get_video_features(
-                inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
-            )
-            layers = model.config.vision_config.depth
-            assert len(calls) <= 4 * layers
-        with accelerate(model, recipe):
-            assert torch.allclose(statistics, model(**inputs).logits, atol=1e-4)
-    assert model.model.visual.config._attn_implementation == before
-
-
-F_SDPA = F.scaled_dot_product_attention
-
-
-def test_a_tower_that_is_a_batch_already_is_left_alone():
-    with packed_vision(LOADED["tiny-llava-onevision"].model) as packed:
-        assert not packed
 
 
 # Time split

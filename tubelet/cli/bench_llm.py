@@ -44,9 +44,9 @@ def llm(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Keep only so many layers of a preset's LLM.")
     ] = None,
-    vision_attention: Annotated[
-        str, typer.Option(help="Of Qwen's vision tower: packed, or the host's frame by frame.")
-    ] = "packed",
+    vision: Annotated[
+        str, typer.Option(help="The vision tower: fused where tubelet can, or the host's own.")
+    ] = "fused",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, clips and words.")] = 0,
@@ -77,7 +77,7 @@ def llm(
             concurrencies=tuple(map(int, read_numbers(concurrency, (), "--concurrency"))),
             repeats=repeats,
             layers=layers,
-            vision=vision_attention,
+            vision=vision,
             dtype=dtype,
             device=device,
             seed=seed,

@@ -67,6 +67,11 @@ def accelerate(
     return handle
 
 
+def is_accelerated(model: Any) -> bool:
+    """Whether recipes are on a model or on a part of it."""
+    return any(hasattr(part, _MARK) or hasattr(part, OWNER) for part in model.modules())
+
+
 def _unpacked(
     model: Any, adapter: ModelAdapter, given: tuple[Recipe | SavedPlan, ...]
 ) -> tuple[Recipe, ...]:
@@ -95,8 +100,7 @@ def _check(model: Any, adapter: ModelAdapter, recipes: tuple[Recipe, ...]) -> No
     if not recipes and not adapter.fused_by_tubelet:
         raise RecipeError(f"give at least one recipe to put on {type(model).__name__}")
     hosts = modules_of(model)
-    parts = [module for host in hosts for module in host.modules()]
-    if any(hasattr(module, _MARK) or hasattr(module, OWNER) for module in parts):
+    if any(is_accelerated(host) for host in hosts):
         raise ConflictError(
             f"this {type(model).__name__} or a part of it is accelerated already; remove() first"
         )

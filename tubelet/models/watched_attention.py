@@ -109,6 +109,11 @@ def compute_instead(
         handle.on_remove(lambda module=module: delattr(module, COMPUTER))
 
 
+def is_held(config: Any) -> bool:
+    """Whether something stands around the attention that a config names."""
+    return id(config) in _HOLDERS
+
+
 def put_around(model: Any, prefix: str, attend: Callable[..., Any], handle: Handle) -> None:
     """Let `attend` stand around the attention function of `model` until `handle` is removed.
 

@@ -16,19 +16,19 @@ from tubelet.bench.environment import environment
 from tubelet.bench.generators.combinations import Combination, read_combinations
 from tubelet.bench.llm.inputs import Task, read_frames
 from tubelet.bench.llm.measure import Announce, LLMBench
-from tubelet.bench.llm.packed import packed_vision
 from tubelet.bench.llm.page import render
 from tubelet.bench.llm.result import LLMRun, Row, merged, read_runs, write_runs
 from tubelet.bench.llm.table import markdown
 from tubelet.bench.run import hush_transformers
 from tubelet.bench.shards import shard_of
-from tubelet.core.errors import NoEffectWarning, TubeletError
+from tubelet.core.errors import NoEffectWarning, TubeletError, UnsupportedError
 from tubelet.core.files import check_folder, write_whole
 from tubelet.core.grid import TokenGrid
 from tubelet.core.recipe import PositionPolicy
 from tubelet.models.llm_inputs import clip_shape
 from tubelet.models.llm_presets import LoadedLLM, llm_setting, load_llm
 from tubelet.models.load import checked_device
+from tubelet.models.vision_fusion import VisionFusion, fuse_vision
 from tubelet.recipes import catalogue
 
 FILES = ("llm.json", "llm.md", "llm.html")
@@ -58,7 +58,7 @@ class Request:
     concurrencies: tuple[int, ...] = (1, 8, 32)
     repeats: int | None = None
     layers: int | None = None
-    vision: str = "packed"
+    vision: str = "fused"
     dtype: str = "bfloat16"
     device: str = "cpu"
     seed: int = 0
@@ -107,7 +107,9 @@ def run_llm(request: Request, progress: Progress, announce: Announce) -> list[LL
         stack.enter_context(warnings.catch_warnings())
         # A recipe without effect becomes a note, once.
         warnings.simplefilter("ignore", NoEffectWarning)
-        packed = request.vision == "packed" and stack.enter_context(packed_vision(loaded.model))
+        fusion = _fusion(request, loaded)
+        if isinstance(fusion, VisionFusion):
+            stack.enter_context(fusion)
         bench = LLMBench(
             loaded,
             task,
@@ -118,7 +120,7 @@ def run_llm(request: Request, progress: Progress, announce: Announce) -> list[LL
             progress=progress,
             announce=announce,
         )
-        run = _describe(request, bench, decode_video, packed)
+        run = _describe(request, bench, decode_video, fusion)
         run.rows.append(bench.dense())
         request.out.mkdir(parents=True, exist_ok=True)
         write(request.out, [run])
@@ -188,8 +190,8 @@ def _quick(request: Request) -> Request:
 def _check(request: Request) -> None:
     if request.dtype not in PRECISIONS:
         raise TubeletError(f"--dtype must be {', '.join(PRECISIONS)}, got {request.dtype!r}")
-    if request.vision not in ("packed", "host"):
-        raise TubeletError(f"--vision-attention must be packed or host, got {request.vision!r}")
+    if request.vision not in ("fused", "host"):
+        raise TubeletError(f"--vision must be fused or host, got {request.vision!r}")
     if request.question < LEAST_PROMPT or request.new_tokens < 1:
         raise TubeletError(
             f"an answer needs a question of {LEAST_PROMPT} words and a token of its own behind the "
@@ -219,14 +221,32 @@ def _repeats(request: Request, device: torch.device) -> int:
     return request.repeats or (3 if device.type == "cuda" else 2)
 
 
+def _fusion(request: Request, loaded: LoadedLLM) -> VisionFusion | str | None:
+    """The vision tower made faster, for dense and recipes alike; or why it is not, if unasked."""
+    if request.vision == "host":
+        return None
+    try:
+        return fuse_vision(loaded.model)
+    except UnsupportedError as error:
+        return str(error)
+
+
 def _describe(
-    request: Request, bench: LLMBench, decode_video: float | None, packed: bool
+    request: Request,
+    bench: LLMBench,
+    decode_video: float | None,
+    fusion: VisionFusion | str | None,
 ) -> LLMRun:
     model, grid = bench.model, bench.task.grid
     frames, height, width = clip_shape(model.config, grid)
     source = "rendered clips" if request.clip is None else Path(request.clip).name
     text = model.config.get_text_config()._attn_implementation
     tower = model.config.vision_config._attn_implementation
+    notes = _notes(request, bench.loaded)
+    if isinstance(fusion, VisionFusion):
+        tower = f"{tower}; fused: {fusion}"
+    elif fusion is not None:
+        notes.append(f"the vision tower runs as the host has it: {fusion}")
     return LLMRun(
         environment=environment(bench.device),
         model=bench.loaded.name,
@@ -239,12 +259,12 @@ def _describe(
         prompt_tokens=bench.prompt_tokens,
         new_tokens=request.new_tokens,
         precision=request.dtype,
-        attention={"text": text, "vision": "sdpa, frames packed" if packed else tower},
+        attention={"text": text, "vision": tower},
         decode_video=decode_video,
         repeats=bench.repeats,
         seed=request.seed,
         quick=request.quick,
-        notes=_notes(request, bench.loaded),
+        notes=notes,
     )
 
 
