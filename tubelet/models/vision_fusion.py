@@ -252,7 +252,8 @@ def _fuse_norms(tower: Any, fusion: VisionFusion) -> None:
 
 
 def _parts(tower: Any, name: str) -> Iterator[Any]:
-    return (getattr(block, name) for block in tower.blocks)
+    blocks = getattr(tower, "blocks", ())
+    return (getattr(block, name) for block in blocks if hasattr(block, name))
 
 
 # Pooling

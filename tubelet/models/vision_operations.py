@@ -135,14 +135,14 @@ def attention(
     q, k, v = self.qkv(hidden_states).reshape(length, 3, self.num_heads, -1).unbind(1)
     q, k = rotary(q, k, *position_embeddings)
     states = [x[None] for x in (q, k, v.transpose(0, 1))]
-    sizes = cu_seqlens.diff()
     if "flash" in name:
         # Left on the device, as hosts that pass none do.
-        longest = sizes.max() if max_seqlen is None else max_seqlen
+        longest = cu_seqlens.diff().max() if max_seqlen is None else max_seqlen
         ends = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         out = call(*states, **ends, max_length_q=longest, max_length_k=longest)[0]
     else:
-        parts = zip(*(x.split(sizes.tolist(), dim=2) for x in states), strict=True)
+        sizes = cu_seqlens.diff().tolist()
+        parts = zip(*(x.split(sizes, dim=2) for x in states), strict=True)
         out = torch.cat([call(*part)[0] for part in parts], dim=1)
     return self.proj(out.reshape(length, -1).contiguous())
 
