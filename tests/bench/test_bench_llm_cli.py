@@ -256,10 +256,33 @@ def test_a_local_folder_takes_the_place_of_a_preset(run, tmp_path):
     assert data["video_tokens"] == 16
 
 
-def test_compare_points_to_the_commands_for_language_models(run, tmp_path):
+def test_compare_measures_language_models_on_a_clip(run, tmp_path):
+    clip = torch.randint(0, 255, (20, 3, 48, 64), dtype=torch.uint8)
+    write_video(tmp_path / "a.mp4", clip, 8)
+    recipe, out = "VidCom2 + FastV(layer=3)", tmp_path / "out"
+    options = ("--dtype", "float32", "--repeats", 1, "--seed", 2**63 - 1, "--out", out, "--json")
+    code, text, err = run(
+        "compare", tmp_path / "a.mp4", "--model", "tiny-qwen3-vl", "--recipe", recipe, *options
+    )
+    assert code == 0, err
+    (data,) = json.loads(text)
+    assert data["input"].startswith("a.mp4")
+    assert data["decode_video"] > 0
+    assert [row["name"] for row in data["rows"]] == ["dense", recipe]
+    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("sample", "--model", "tubelet-llm"), ("tubelet ask", "bench answers")),
+        (("sample", "--model", "tiny-qwen3-vl", "--batch", 2), ("cannot be used", "--batch")),
+        (("nowhere.mp4", "--model", "tiny-qwen3-vl"), ("no such file",)),
+    ],
+)
+def test_what_compare_cannot_do_for_language_models_is_refused(run, tmp_path, options, words):
     out = tmp_path / "out"
-    refused(run("compare", "sample", "--model", "qwen3-vl-8b", "--out", out), "bench llm", "ask")
-    refused(run("compare", "sample", "--model", "tubelet-llm", "--out", out), "bench llm", "ask")
+    refused(run("compare", *options, "--out", out), *words)
     assert not out.exists()
 
 

@@ -1,7 +1,8 @@
 """`tubelet bench llm` and `tubelet bench answers`: how fast video LLMs are, and what they lose."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,7 +50,9 @@ def llm(
     ] = "fused",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, clips and words.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of weights, clips and words.")
+    ] = 0,
     shard: Annotated[str, typer.Option(help="i/n: run every n-th recipe, from the i-th.")] = "1/1",
     quick: Annotated[bool, typer.Option(help="A smoke test of seconds.")] = False,
     join: Annotated[
@@ -59,8 +62,7 @@ def llm(
     as_json: Json = False,
 ) -> None:
     """Video LLMs: time to the first token, decoding, throughput; bounds first, then measured."""
-    from tubelet.bench.llm.run import FILES, Request, join_files, run_llm
-    from tubelet.bench.llm.table import failures, rich_table
+    from tubelet.bench.llm.run import Request, join_files, run_llm
 
     if join:
         runs = join_files(join, out)
@@ -86,6 +88,14 @@ def llm(
         )
         with progress_bar(quiet=as_json) as tell:
             runs = run_llm(request, tell, announcer(as_json))
+    show_llm(runs, out, as_json)
+
+
+def show_llm(runs: Sequence[Any], out: Path, as_json: bool) -> None:
+    """Measurements of video LLMs (`LLMRun`) as tables with notes, or as JSON."""
+    from tubelet.bench.llm.run import FILES
+    from tubelet.bench.llm.table import failures, rich_table
+
     if as_json:
         return print_json([run.to_dict() for run in runs])
     for run in runs:

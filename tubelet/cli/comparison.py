@@ -27,7 +27,11 @@ def compare(
         str, typer.Argument(help="A video file, or 'sample'; for generators a prompt.")
     ] = SAMPLE,
     model: Annotated[
-        str, typer.Option(help="Preset, Hugging Face id, local folder, or a trained VideoDiT.")
+        str,
+        typer.Option(
+            help="Preset of an encoder, generator or video LLM, Hugging Face id, local folder, or "
+            "a trained VideoDiT."
+        ),
     ] = "videomae-base",
     recipe: Annotated[
         list[str] | None,
@@ -72,7 +76,17 @@ def compare(
         options = {"steps": steps, "guidance": guidance, "seed": seed, "device": device}
         given = {name: value for name, value in options.items() if value is not None}
         return _compare_generator(clip, model, tuple(recipe or ()), out, given, as_json)
-    _refuse_llm(model)
+    if _is_llm(model):
+        others_only = {
+            "--rate": rate is not None,
+            "--batch": batch != 1,
+            "--no-ceiling": not ceiling,
+            "--steps": steps is not None,
+            "--guidance": guidance is not None,
+        }
+        _refuse(others_only, f"{model} is a video language model")
+        options = {"repeats": repeats, "dtype": dtype.value, "device": device, "seed": seed}
+        return _compare_llm(clip, model, tuple(recipe or ()), out, options, as_json)
     generators_only = {"--steps": steps is not None, "--guidance": guidance is not None}
     _refuse(generators_only, f"{model} is no generator")
     from tubelet.bench.run import Request, run_comparison
@@ -131,16 +145,46 @@ def _compare_generator(
     console.print(f"wrote {', '.join(str(out / name) for name in FILES)}", soft_wrap=True)
 
 
-def _refuse_llm(model: str) -> None:
+def _compare_llm(
+    clip: str,
+    model: str,
+    recipes: tuple[str, ...],
+    out: Path,
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """One prompt at a time; `tubelet bench llm` also measures batches, and has more options."""
+    from tubelet.bench.llm.run import Request, run_llm
+    from tubelet.cli.bench_llm import show_llm
+
+    request = Request(
+        out=out,
+        preset=model,
+        recipes=recipes,
+        clip=None if clip == SAMPLE else clip,
+        concurrencies=(1,),
+        **options,
+    )
+    with progress_bar(quiet=as_json) as tell:
+        runs = run_llm(request, tell, announcer(as_json))
+    show_llm(runs, out, as_json)
+
+
+def _is_llm(model: str) -> bool:
+    """Whether it is a preset or folder of a video language model.
+
+    Raises:
+        TubeletError: It is one of tubelet's own, which other commands serve.
+    """
     from tubelet.models.llm_presets import is_llm
     from tubelet.nn.weights import read_card, shipped
 
-    own = model in shipped() and read_card(model).architecture == "VideoLLM"
-    if own or is_llm(model):
+    if model in shipped() and read_card(model).architecture == "VideoLLM":
         raise TubeletError(
-            f"{model} is a video language model: `tubelet bench llm` measures it dense and with "
-            "recipes, `tubelet ask` compares answers of a trained one on a clip"
+            f"{model} is a small video language model of tubelet's: `tubelet ask` compares its "
+            "answers on a clip, `tubelet bench answers` counts right ones"
         )
+    return is_llm(model)
 
 
 def _refuse(given: dict[str, bool], why: str) -> None:

@@ -53,7 +53,8 @@ def make_prompts(loaded: LoadedLLM, task: Task, batch: int) -> dict[str, Tensor]
     shape = clip_shape(config, task.grid)
     prompts, clips = [], []
     for number in range(batch):
-        seed = task.seed * 10_007 + number
+        # Generators take less than 64 bits.
+        seed = (task.seed * 10_007 + number) % 2**63
         generator = torch.Generator().manual_seed(seed)
 
         def words(num: int, generator: torch.Generator = generator) -> list[int]:
