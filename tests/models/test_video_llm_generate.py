@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.context import Site
 from tubelet.core.prompt import LayerContext, PromptContext
 from tubelet.core.recipe import LayerReduction, PromptReduction, Recipe, param
 from tubelet.models.accelerate import accelerate
@@ -47,9 +46,6 @@ class SomeInside(LayerReduction):
     identity: ClassVar = {}
     layers: tuple[int, ...] = param((2,), "where")
     share: float = param(0.5, "kept")
-
-    def acts_on(self, site: Site) -> bool:
-        return site.kind == "llm" and site.layer in self.layers
 
     def plan(self, ctx: LayerContext) -> TokenAssignment:
         kept = thinned(ctx.num_tokens, ctx.site.layer, self.share)

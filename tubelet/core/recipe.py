@@ -249,12 +249,19 @@ class LayerReduction(PositionPolicy):
     """Decides, in front of a layer of a language model, which video tokens go on.
 
     All videos of a prompt are decided together, each prompt of a batch alone. Layers before keep
-    the keys and values of what is dropped.
+    the keys and values of what is dropped. Which layer is a field of the recipe: `layer`, or
+    `layers` for several.
     """
 
     stage: ClassVar[str] = "layers"
     statistics: ClassVar[bool] = False
     """Whether the decision asks for the attention call of the layer before."""
+
+    def acts_on(self, site: Site) -> bool:
+        """In front of its layers."""
+        fields = vars(self)
+        layers = fields["layers"] if "layers" in fields else (fields["layer"],)
+        return site.kind == "llm" and site.layer in layers
 
     @abstractmethod
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:

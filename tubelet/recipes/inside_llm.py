@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.context import Site
 from tubelet.core.prompt import LayerContext
 from tubelet.core.recipe import LayerReduction, Paper, param
 from tubelet.ops.merge import drop
@@ -26,9 +25,6 @@ class FastV(LayerReduction):
 
     keep_ratio: float = param(0.5, "share of the video tokens kept", above=0, most=1)
     layer: int = param(2, "first layer that sees fewer tokens, 0-based", least=1)
-
-    def acts_on(self, site: Site) -> bool:
-        return site.kind == "llm" and site.layer == self.layer
 
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:
         if self.keep_ratio == 1:

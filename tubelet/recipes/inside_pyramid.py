@@ -36,9 +36,6 @@ class PyramidDrop(LayerReduction):
     layers: tuple[int, ...] = param((8, 16, 24), "where tokens go, 0-based", least=1)
     positions: str = param("compact", "keep, compact or anchor")
 
-    def acts_on(self, site: Site) -> bool:
-        return site.kind == "llm" and site.layer in self.layers
-
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:
         num = budget(ctx.num_tokens, self.keep_ratio)
         if num == ctx.num_tokens:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.context import Site
 from tubelet.core.prompt import LayerContext
 from tubelet.core.recipe import LayerReduction, Paper, param
 from tubelet.ops.cosine import inverse_length
@@ -39,9 +38,6 @@ class VAR(LayerReduction):
     left: float = param(0.6, "share of its attention that a sink keeps; 0 rules sinks out", least=0)
     most_on_sinks: float = param(0.5, "share of a head's video attention on sinks", least=0, most=1)
     least_on_video: float = param(0.2, "share of a head's attention on the video", least=0, most=1)
-
-    def acts_on(self, site: Site) -> bool:
-        return site.kind == "llm" and site.layer == self.layer
 
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:
         if self.keep_ratio == 1:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.context import Site
 from tubelet.core.errors import RecipeError
 from tubelet.core.prompt import LayerContext
 from tubelet.core.recipe import LayerReduction, Paper, param
@@ -56,9 +55,6 @@ class SparseVLM(LayerReduction):
                 f"SparseVLM.keep_ratios must be one share or one for each of {len(self.layers)} "
                 f"layers, got {self.keep_ratios}"
             )
-
-    def acts_on(self, site: Site) -> bool:
-        return site.kind == "llm" and site.layer in self.layers
 
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:
         place = min(self.layers.index(ctx.site.layer), len(self.keep_ratios) - 1)
@@ -111,9 +107,6 @@ class MustDrop(LayerReduction):
     @property
     def vision(self) -> frozenset[tuple[str, int]]:
         return frozenset({(self.saliency, -1)})
-
-    def acts_on(self, site: Site) -> bool:
-        return site.kind == "llm" and site.layer in self.layers
 
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:
         stats = ctx.statistics()

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.context import Site
 from tubelet.core.errors import UnsupportedError
 from tubelet.core.grid import TokenGrid
 from tubelet.core.prompt import LayerContext, PromptContext
@@ -46,9 +45,6 @@ class STTM(LayerReduction):
     )
     root: int = param(1, "level of the largest squares; 0 is the whole frame", least=0)
     layer: int = param(2, "first layer that sees fewer tokens, 0-based", least=1)
-
-    def acts_on(self, site: Site) -> bool:
-        return site.kind == "llm" and site.layer == self.layer
 
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:
         if ctx.num_tokens != ctx.num_original:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
-from tubelet.core.context import Site
 from tubelet.core.prompt import LayerContext, PromptContext
 from tubelet.core.recipe import LayerReduction, Paper, PromptReduction, param
 from tubelet.ops.cosine import cosine, inverse_length
@@ -116,9 +115,6 @@ class HoliTomInner(LayerReduction):
     keep_ratio: float = param(0.5, "share of the video tokens kept", above=0, most=1)
     layer: int = param(18, "first layer that sees fewer tokens, 0-based", least=1)
 
-    def acts_on(self, site: Site) -> bool:
-        return site.kind == "llm" and site.layer == self.layer
-
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:
         if self.keep_ratio == 1:
             return None
@@ -208,9 +204,6 @@ class PruneVidInner(LayerReduction):
 
     keep_ratio: float = param(0.4, "share of the video tokens kept", above=0, most=1)
     layer: int = param(10, "first layer that sees fewer tokens, 0-based", least=1)
-
-    def acts_on(self, site: Site) -> bool:
-        return site.kind == "llm" and site.layer == self.layer
 
     def plan(self, ctx: LayerContext) -> TokenAssignment | None:
         if self.keep_ratio == 1:

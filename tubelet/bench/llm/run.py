@@ -245,6 +245,10 @@ def _describe(
     notes = _notes(request, bench.loaded)
     if isinstance(fusion, VisionFusion):
         tower = f"{tower}; fused: {fusion}"
+        notes.append(
+            f"the vision tower runs fused, dense or not ({fusion}); `tubelet bench llm --vision "
+            "host` measures the host's own"
+        )
     elif fusion is not None:
         notes.append(f"the vision tower runs as the host has it: {fusion}")
     return LLMRun(
