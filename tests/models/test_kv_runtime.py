@@ -384,6 +384,20 @@ def test_cuts_inside_what_shares_its_choice_are_refused():
     accelerate(model, ZIP, PyramidDrop(layers=(1, 2, 3))).remove()
 
 
+@each
+def test_a_step_from_a_cache_records_gradients(recipe):
+    model, inputs = copy.deepcopy(HOSTS["internvl"]).requires_grad_(), tiny_llm.prompt("internvl")
+    step = {"input_ids": torch.tensor([[7]])}
+    with accelerate(model, recipe):
+        with torch.no_grad():
+            held = model(**inputs).past_key_values
+            wanted = model(**step, past_key_values=copy.deepcopy(held)).logits
+        found = model(**step, past_key_values=held).logits
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    assert model.lm_head.weight.grad is not None
+
+
 def test_two_recipes_of_one_kind_conflict_and_encoders_refuse():
     with pytest.raises(ConflictError, match="both decide cache reads"):
         accelerate(HOSTS["internvl"], TIDAL, COKE)

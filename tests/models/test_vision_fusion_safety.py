@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AttentionInterface, Qwen3VLForConditionalGeneration
 
 import tubelet
-from tubelet.core.errors import ConflictError, UnsupportedError
+from tubelet.core.errors import ConflictError, ShapeError, UnsupportedError
 from tubelet.models import vision_operations as ops
 from tubelet.models.accelerate import accelerate
 from tubelet.models.llm_presets import llm_preset
@@ -113,6 +113,92 @@ def test_a_method_that_somebody_replaced_is_left_alone():
         assert str(fusion) == "patch embedding"
         assert model.model.visual.config._attn_implementation == "sdpa"
     assert vars(block)["forward"] is own
+
+
+def test_what_was_put_around_a_fused_method_stays_and_is_said():
+    model, seen = build("tiny-qwen2.5-vl"), []
+    fusion, block = fuse_vision(model), model.model.visual.blocks[1].attn
+    fused = block.forward
+
+    def hooked(*args, **options):
+        seen.append(1)
+        return fused(*args, **options)
+
+    block.forward = hooked
+    with pytest.raises(ConflictError, match=r"forward of a .*VisionAttention .* was replaced"):
+        fusion.remove()
+    assert fusion.done
+    with torch.inference_mode():
+        tower_outputs(model, patches("tiny-qwen2.5-vl"))
+    assert seen == [1]
+    block.forward = fused
+    fusion.remove()
+    assert "forward" not in vars(block)
+
+
+def test_an_error_inside_is_not_hidden_by_a_fusion_that_cannot_go(models):
+    model = models["tiny-qwen3-vl"]
+    fusion = fuse_vision(model)
+    handles = []
+
+    def fails():
+        with fusion:
+            handles.append(accelerate(model, VidCom2()))
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside") as caught:
+        fails()
+    assert "stays fused" in caught.value.__notes__[0]
+    handles[0].remove()
+    fusion.remove()
+
+
+class Quantised(nn.Parameter):
+    """A weight as packages for quantisation make them: a product is all it knows."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func not in (nn.functional.linear, nn.functional.conv3d) and "get" not in func.__name__:
+            raise NotImplementedError(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_weights_of_another_kind_stay_the_hosts(forced):
+    model, pixels = build("tiny-qwen2.5-vl"), patches("tiny-qwen2.5-vl")
+    tower = model.model.visual
+    with torch.inference_mode():
+        host = tower_outputs(model, pixels)
+        for layer in (tower.patch_embed.proj, *(block.mlp.down_proj for block in tower.blocks)):
+            layer.weight.__class__ = Quantised
+        with fuse_vision(model) as fusion:
+            assert "rotary" in str(fusion) or "frames packed" in str(fusion)
+            assert not {"patch embedding", "MLP"} & {
+                words.split(" padded")[0] for words in fusion.done
+            }
+            close(tower_outputs(model, pixels), host)
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_lengths_written_over_in_place_are_read_again(name, models):
+    model, pixels = models[name], patches(name, torch.tensor([[2, 8, 8]]))
+    sizes, ends = torch.tensor([[2, 8, 8]]), torch.tensor([0, 64, 128], dtype=torch.int32)
+    tower = model.model.visual
+
+    def run():
+        return list(tower(pixels, sizes, cu_seqlens=ends, return_dict=True).pooler_output)
+
+    with torch.inference_mode(), fuse_vision(model):
+        first = run()
+        ends.copy_(torch.tensor([0, 32, 128]))
+        second = run()
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+
+
+def test_lengths_that_leave_patches_over_are_refused():
+    x = torch.randn(1, 2, 10, 8)
+    with pytest.raises(ShapeError, match="ends behind 7 patches, but there are 10"):
+        ops.PackedAttention()(nn.Identity(), x, x, x, None, cu_seq_lens_q=torch.tensor([0, 3, 7]))
 
 
 def test_another_model_with_the_same_config_is_not_touched():

@@ -44,11 +44,13 @@ def stored_layer() -> type[Any]:
             sizes = [*(chunk.shape[2] for chunk in self.chunks), keys.shape[2]]
             batch, heads, _, channels = keys.shape
             found = [x.new_empty(batch, heads, sum(sizes), channels) for x in (keys, values)]
-            *places, last = zip(*(x.split(sizes, dim=2) for x in found), strict=True)
-            for chunk, place in zip(self.chunks, places, strict=True):
-                chunk.restore_into(*place)
-            for place, x in zip(last, (keys, values), strict=True):
-                place.copy_(x)
+            start = 0
+            for chunk, size in zip(self.chunks, sizes[:-1], strict=True):
+                # What `split` gives cannot be written to where gradients are recorded.
+                chunk.restore_into(*(x.narrow(2, start, size) for x in found))
+                start += size
+            for whole, x in zip(found, (keys, values), strict=True):
+                whole.narrow(2, start, sizes[-1]).copy_(x)
             return found[0], found[1]
 
         @property

@@ -34,7 +34,10 @@ def fuse_vision(model: Any) -> "VisionFusion":
     as a matrix product, and in half precision on CUDA padded copies of an MLP whose width is
     awkward for it, and RMSNorm as one kernel. Of LLaVA-OneVision: the pooling of frames as a
     matrix product. What would not pay where the model lies stays the host's. Weights, names and
-    shapes stay as they are; results differ by rounding. `accelerate` comes after it.
+    shapes stay as they are; results differ by rounding. `accelerate` comes after it. Parts of a
+    tower with weights of another kind (quantised, adapters) or with hooks stay the host's.
+    `torch.compile` leaves the fused attention out of its graphs, so not with `fullgraph=True`; and
+    `nn.DataParallel` would run copies with the weights of the original: fuse none of these.
 
     Args:
         model: `Qwen2_5_VLForConditionalGeneration`, `Qwen3VLForConditionalGeneration` or
@@ -99,6 +102,7 @@ class VisionFusion:
         self.steps: list[Step] = []
         self._model = model
         self._changes = Handle(model, ())
+        self._methods: list[tuple[nn.Module, str, MethodType]] = []
         self._fused = True
 
     @property
@@ -120,7 +124,9 @@ class VisionFusion:
             return False
         for module in modules:
             # Bound to the module, so that a copy of it computes with its own weights.
-            setattr(module, name, MethodType(by, module))
+            method = MethodType(by, module)
+            setattr(module, name, method)
+            self._methods.append((module, name, method))
             self.on_remove(lambda module=module: delattr(module, name))
         return True
 
@@ -136,14 +142,20 @@ class VisionFusion:
         """Give the model back exactly as it was. Calling it twice is harmless.
 
         Raises:
-            ConflictError: The model is accelerated; nothing was changed.
+            ConflictError: The model is accelerated, or something else was put around what is
+                fused; nothing was changed.
         """
         if not self._fused:
             return
+        kind = type(self._model).__name__
         if is_accelerated(self._model):
-            raise ConflictError(
-                f"recipes are on this {type(self._model).__name__}; remove() them before its fusion"
-            )
+            raise ConflictError(f"recipes are on this {kind}; remove() them before its fusion")
+        for module, name, method in self._methods:
+            if vars(module).get(name) is not method:
+                raise ConflictError(
+                    f"{name} of a {type(module).__name__} in this {kind} was replaced after its "
+                    "fusion, by hooks for offloading for instance; take that back first"
+                )
         self._fused = False
         self._changes.remove()
 
@@ -156,8 +168,14 @@ class VisionFusion:
     def __enter__(self) -> "VisionFusion":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.remove()
+        except ConflictError as conflict:
+            if error is None:
+                raise
+            # What went wrong inside matters more.
+            error.add_note(f"the vision tower stays fused: {conflict}")
 
 
 # Qwen's towers
@@ -205,7 +223,9 @@ def _pack(tower: Any, fusion: VisionFusion) -> None:
     """Let the tower name the packed attention in a config of its own: others may share its."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ops.PACKED, ops.PackedAttention())
+    AttentionInterface.register(ops.PACKED, ops.packed_attention)
+    hook = tower.register_forward_pre_hook(ops.begin)
+    fusion.on_remove(hook.remove)
     shared = tower.config
     own = copy.copy(shared)
     # The setter of a model would look for a package of kernels behind a name with "flash" in it.

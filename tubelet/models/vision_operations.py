@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tubelet.core.errors import ShapeError
 from tubelet.kernels.rotary import rotary
 from tubelet.models.packed_calls import batches
 from tubelet.models.watched_attention import uncompiled
@@ -64,8 +65,21 @@ class PackedAttention:
         if seen is not cu_seq_lens_q:
             # All layers get the same object; reading it waits for the device.
             lengths = cu_seq_lens_q.diff().tolist()
+            if sum(lengths) != query.shape[2]:
+                raise ShapeError(
+                    f"cu_seqlens ends behind {sum(lengths)} patches, but there are {query.shape[2]}"
+                )
             self.last = cu_seq_lens_q, lengths
         return attend(query, key, value, lengths, scaling, dropout), None
+
+
+packed_attention = PackedAttention()
+"""The one that transformers knows."""
+
+
+def begin(tower: nn.Module, args: Any) -> None:
+    """A tower begins anew: what it is given may be the same tensor with other lengths."""
+    packed_attention.last = None, []
 
 
 def attend(
@@ -157,6 +171,7 @@ def cuts_patches(proj: Any) -> bool:
         and proj.kernel_size == proj.stride
         and (set(proj.padding), set(proj.dilation), proj.groups) == ({0}, {1}, 1)
         and untouched(proj)
+        and plain(proj)
     )
 
 
@@ -177,7 +192,7 @@ def layers_of(mlp: Any) -> list[nn.Linear]:
     """The matrices of an MLP whose width tubelet can pad, the one that narrows last; or none."""
     for names in (("gate_proj", "up_proj", "down_proj"), ("linear_fc1", "linear_fc2")):
         layers = [getattr(mlp, name, None) for name in names]
-        if all(type(layer) is nn.Linear and untouched(layer) for layer in layers):
+        if all(type(x) is nn.Linear and untouched(x) and plain(x) for x in layers):
             return layers  # type: ignore[return-value]
     return []
 
@@ -219,7 +234,8 @@ def padded_mlp(self: Any, hidden_state: Tensor) -> Tensor:
 
 def norms(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own RMSNorm is one kernel and rounds as the host's result is rounded."""
-    return x.is_cuda and x.dtype == weight.dtype and not torch.is_autocast_enabled("cuda")
+    same = x.is_cuda and x.dtype == weight.dtype and type(weight) is nn.Parameter
+    return same and not torch.is_autocast_enabled("cuda")
 
 
 def rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -240,29 +256,32 @@ def pool(self: Any, image_features: Tensor) -> Tensor:
         image_features: [F, N, C].
 
     Returns:
-        [F, M, C].
+        [F, M, C], added up in float32 at least, as the host does.
     """
-    return _pooling_matrix(self, image_features) @ image_features
+    exact = torch.promote_types(image_features.dtype, torch.float32)
+    matrix = _pooling_matrix(self, image_features.shape[1], exact, image_features.device)
+    return (matrix @ image_features.to(exact)).to(image_features.dtype)
 
 
 @uncompiled
-def _pooling_matrix(base: Any, features: Tensor) -> Tensor:
+def _pooling_matrix(base: Any, num: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[M, N]: what the host makes of the identity, since its pooling is linear."""
     kept = vars(base).setdefault(POOLING, {})
-    num = features.shape[1]
-    key = num, features.dtype, features.device
+    key = num, dtype, device
     if key not in kept:
-        exact = torch.float64 if features.dtype == torch.float64 else torch.float32
         # A tensor made for inference could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
-            identity = torch.eye(num, dtype=exact, device=features.device)
-            matrix = type(base).apply_pooling(base, identity[None])[0]
-            # Rows begin at multiples of 16 bytes, which cuBLAS needs to be fast.
-            kept[key] = F.pad(matrix.to(features.dtype), (0, -num % 8))[:, :num]
+            identity = torch.eye(num, dtype=dtype, device=device)
+            kept[key] = type(base).apply_pooling(base, identity[None])[0]
     return kept[key]
 
 
 # Modules of the host
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether the weight is an ordinary tensor: packages for quantisation put others there."""
+    return type(module.weight) is nn.Parameter
 
 
 def untouched(module: nn.Module) -> bool:

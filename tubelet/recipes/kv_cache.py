@@ -75,7 +75,8 @@ class ZipCache(KVStorage):
         places = torch.arange(others, num, device=device)
         if wanted == 0:
             return places
-        random = white_noise(others, self.seed, device).argsort(stable=True)[:wanted]
+        noise = white_noise(others, self.seed, device)
+        random = noise.argsort(stable=True, descending=True)[:wanted]
         return torch.cat([random.sort().values, places])
 
 

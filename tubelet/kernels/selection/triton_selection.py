@@ -28,7 +28,7 @@ KEPT, WALKED = 128, 64
 """Sides of a tile of logits: along what a program's statistic is about, and along the other."""
 
 CHANNELS = 256
-"""Widest heads whose tiles fit on chip."""
+"""Widest heads, for which tiles are smaller, as for wide numbers: all fit on small GPUs."""
 
 SMALL = (4, 8, 16, 32)
 """Tokens of blocks that are averaged many at a time."""
@@ -256,14 +256,14 @@ def row_totals(q: Tensor, k: Tensor, places: Tensor, scale: float) -> Tensor:
     from tubelet.kernels.selection import triton_kernels as kernels
 
     q, k = _along_channels(q), _along_channels(k)
-    (heads, rows, width), tile = q.shape, WALKED
+    (heads, rows, width), (_, tile) = q.shape, tile_sides(q.shape[2], q.element_size())
     totals = torch.empty(heads, rows, device=q.device)
     with on_device(q):
         kernels.row_totals[(heads * -(-rows // tile),)](
             *(q, k, places.int(), totals, *q.stride()[:2], *k.stride()[:2]),
             *(heads // k.shape[0], rows, k.shape[1], scale * LOG2E),
             TQ=tile,
-            TK=WALKED,
+            TK=tile,
             D=width,
             PD=max(16, _power(width)),
         )
@@ -278,7 +278,8 @@ def received(
 
     q, k = _along_channels(q), _along_channels(k)
     (heads, rows, width), num = q.shape, k.shape[1]
-    starts = torch.arange(0, num, KEPT, device=q.device, dtype=torch.int32)
+    kept, walked = tile_sides(q.shape[2], q.element_size())
+    starts = torch.arange(0, num, kept, device=q.device, dtype=torch.int32)
     places = places.int()
     first = torch.searchsorted(places, starts, out_int32=True)
     found = torch.empty(heads, num, device=q.device)
@@ -288,12 +289,18 @@ def received(
             *(q, k, places, first, totals.contiguous(), weight, found),
             *(*q.stride()[:2], *k.stride()[:2], heads // k.shape[0], rows, num, scale * LOG2E),
             WEIGHTED=weight is not totals,
-            TQ=WALKED,
-            TK=KEPT,
+            TQ=walked,
+            TK=kept,
             D=width,
             PD=max(16, _power(width)),
         )
     return found
+
+
+def tile_sides(width: int, size: int) -> tuple[int, int]:
+    """`KEPT` and `WALKED`, smaller where `width` numbers of `size` bytes are more than 256."""
+    more = max(1, _power(width) * size // 256)
+    return KEPT // more, WALKED // more
 
 
 def _along_channels(x: Tensor) -> Tensor:
