@@ -136,6 +136,17 @@ def test_what_was_put_around_a_fused_method_stays_and_is_said():
     assert "forward" not in vars(block)
 
 
+def test_attention_chosen_while_fused_stays_chosen():
+    model, pixels = build("tiny-qwen3-vl"), patches("tiny-qwen3-vl")
+    with torch.inference_mode():
+        host = tower_outputs(model, pixels)
+        with fuse_vision(model) as fusion:
+            model.model.visual.set_attn_implementation("eager")
+            assert "frames packed" not in str(fusion)
+            close(tower_outputs(model, pixels), host)
+    assert model.model.visual.config._attn_implementation == "eager"
+
+
 def test_an_error_inside_is_not_hidden_by_a_fusion_that_cannot_go(models):
     model = models["tiny-qwen3-vl"]
     fusion = fuse_vision(model)

@@ -230,10 +230,17 @@ def _pack(tower: Any, fusion: VisionFusion) -> None:
     own = copy.copy(shared)
     # The setter of a model would look for a package of kernels behind a name with "flash" in it.
     own._attn_implementation = ops.PACKED
+    fusion.on_remove(lambda: _keep_choice(own, shared))
     for module in tower.modules():
         if vars(module).get("config") is shared:
             module.config = own
             fusion.on_remove(lambda module=module: setattr(module, "config", shared))
+
+
+def _keep_choice(own: Any, shared: Any) -> None:
+    """Attention that somebody chose for the tower meanwhile stays chosen."""
+    if own._attn_implementation != ops.PACKED:
+        shared._attn_implementation = own._attn_implementation
 
 
 def _fuse_patches(tower: Any, fusion: VisionFusion) -> None:

@@ -98,10 +98,10 @@ def _markdown(run: LLMRun) -> str:
     versions = run.environment["versions"]
     commit = (run.environment["commit"] or "installed package")[:10]
     told = [
-        f"**{heading(run)}**. Medians of {run.repeats} runs in turns with dense; attention, dense "
-        f"or not: {run.attention['text']} (language model), {run.attention['vision']} (vision "
-        f"tower); torch {versions['torch']}, transformers {versions['transformers']}, commit "
-        f"`{commit}`."
+        f"**{heading(run)}**. Medians of {run.repeats} runs in turns with dense; dense or not, the "
+        f"language model's attention is {run.attention['text']}, the vision tower's "
+        f"{run.attention['vision']}. Commit `{commit}`, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}."
     ]
     if run.decode_video is not None:
         told.append(f"Reading the clip took {run.decode_video:.2f} s, not counted below.")
