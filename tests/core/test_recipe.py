@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from tubelet.core.errors import RecipeError
+from tubelet.core.fields import describe_type
 from tubelet.core.plan import AttentionPlan
 from tubelet.core.recipe import (
     Action,
@@ -16,7 +17,6 @@ from tubelet.core.recipe import (
     SparseAttention,
     StepCache,
     TokenReduction,
-    describe_type,
     param,
 )
 from tubelet.core.text import recipe_from_dict

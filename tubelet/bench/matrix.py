@@ -3,8 +3,9 @@
 from dataclasses import fields
 from typing import Any
 
+from tubelet.core.fields import describe_type
 from tubelet.core.handle import ModelAdapter
-from tubelet.core.recipe import Recipe, describe_type
+from tubelet.core.recipe import Recipe
 from tubelet.models.catalogue import adapters, refusal
 from tubelet.models.encoder import EncoderAdapter
 from tubelet.recipes import catalogue

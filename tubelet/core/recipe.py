@@ -22,10 +22,6 @@ parameters as fields made with `param`, which hold their own ranges.
 """
 
 import dataclasses
-import math
-import reprlib
-import types
-import typing
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -35,7 +31,8 @@ from torch import Tensor
 
 from tubelet.core.assignment import TokenAssignment
 from tubelet.core.context import AttentionContext, Site, StepContext, TokenContext
-from tubelet.core.errors import RecipeError, UnsupportedError
+from tubelet.core.errors import UnsupportedError
+from tubelet.core.fields import checked
 from tubelet.core.kv import ReadContext, StoreContext
 from tubelet.core.learned import LearnedPlan
 from tubelet.core.plan import AttentionPlan
@@ -108,14 +105,7 @@ class Recipe(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _coerce(getattr(self, field.name), _hints(type(self))[field.name])
-            if value is _BAD:
-                raise RecipeError(
-                    f"{self.name}.{field.name} must be {describe_type(type(self), field.name)}, "
-                    f"got {_shown(getattr(self, field.name))}"
-                )
-            object.__setattr__(self, field.name, value)
-            _check_bounds(self.name, field, value)
+            object.__setattr__(self, field.name, checked(self, field))
 
     @property
     def name(self) -> str:
@@ -434,68 +424,3 @@ class KVReads(KVPolicy):
     @abstractmethod
     def read(self, ctx: ReadContext) -> Tensor | None:
         """[1, K] or, for each head of the cache, [Hkv, K] int64 places; None reads all."""
-
-
-_BAD = object()
-
-_LARGEST = 2**63
-"""Beyond it an integer is a slip, and many operations on it overflow."""
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def describe_type(cls: type, name: str) -> str:
-    """A field's type in words, for messages and tables."""
-    hint = _hints(cls)[name]
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def _coerce(value: Any, hint: Any) -> Any:
-    """`value` as the annotated type, or _BAD. Lists become tuples, ints become floats."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        tried = (_coerce(value, option) for option in args)
-        return next((result for result in tried if result is not _BAD), _BAD)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return _BAD
-        kinds = [args[0]] * len(value) if args[-1] is ... else list(args)
-        items = [_coerce(v, kind) for v, kind in zip(value, kinds, strict=False)]
-        return _BAD if len(kinds) != len(value) or _BAD in items else tuple(items)
-    if hint in (None, type(None)):
-        return None if value is None else _BAD
-    if isinstance(value, bool) or hint is bool:
-        return value if isinstance(value, bool) and hint is bool else _BAD
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        return _BAD
-    if hint is float and isinstance(value, int):
-        return float(value)
-    return value if isinstance(value, hint) else _BAD
-
-
-def _shown(value: Any) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:
-        # Python refuses to print integers of thousands of digits.
-        return "a huge number"
-
-
-def _check_bounds(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
-    tests = {
-        ">": lambda v, b: v > b,
-        ">=": lambda v, b: v >= b,
-        "<": lambda v, b: v < b,
-        "<=": lambda v, b: v <= b,
-    }
-    numbers = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
-        if not isinstance(number, int | float):
-            continue
-        bounds = field.metadata.get("bounds", {})
-        fits = math.isfinite(number) and all(tests[s](number, b) for s, b in bounds.items())
-        if not fits:
-            wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items()) or "finite"
-            raise RecipeError(f"{owner}.{field.name} must be {wanted}, got {value!r}")
