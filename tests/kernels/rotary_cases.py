@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tubelet.kernels.rotary import api, rotary
-from tubelet.kernels.selection.api import takes
+from tubelet.kernels.triton_support import takes
 from tubelet.models.vision_fusion import fuse_vision
 from tubelet.testing import tiny_llm
 

@@ -7,7 +7,7 @@ import torch
 
 from tubelet.core.grid import TokenGrid
 from tubelet.kernels.selection import TOOLS
-from tubelet.kernels.selection.api import takes
+from tubelet.kernels.triton_support import takes
 from tubelet.ops.tools import PLAIN
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

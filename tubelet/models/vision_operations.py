@@ -170,8 +170,7 @@ def cuts_patches(proj: Any) -> bool:
         type(proj) is nn.Conv3d
         and proj.kernel_size == proj.stride
         and (set(proj.padding), set(proj.dilation), proj.groups) == ({0}, {1}, 1)
-        and untouched(proj)
-        and plain(proj)
+        and ordinary(proj)
     )
 
 
@@ -192,7 +191,7 @@ def layers_of(mlp: Any) -> list[nn.Linear]:
     """The matrices of an MLP whose width tubelet can pad, the one that narrows last; or none."""
     for names in (("gate_proj", "up_proj", "down_proj"), ("linear_fc1", "linear_fc2")):
         layers = [getattr(mlp, name, None) for name in names]
-        if all(type(x) is nn.Linear and untouched(x) and plain(x) for x in layers):
+        if all(type(x) is nn.Linear and ordinary(x) for x in layers):
             return layers  # type: ignore[return-value]
     return []
 
@@ -279,12 +278,11 @@ def _pooling_matrix(base: Any, num: int, dtype: torch.dtype, device: torch.devic
 # Modules of the host
 
 
-def plain(module: nn.Module) -> bool:
-    """Whether the weight is an ordinary tensor: packages for quantisation put others there."""
-    return type(module.weight) is nn.Parameter
+def ordinary(module: nn.Module) -> bool:
+    """Whether calling a module does nothing but its class's forward with an ordinary weight.
 
-
-def untouched(module: nn.Module) -> bool:
-    """Whether calling a module does nothing but its class's forward: no hooks, no own forward."""
+    Hooks and forwards of its own do more; packages for quantisation put other weights there.
+    """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return "forward" not in vars(module) and not any((*hooks, module._backward_pre_hooks))
+    touched = "forward" in vars(module) or any((*hooks, module._backward_pre_hooks))
+    return not touched and type(module.weight) is nn.Parameter

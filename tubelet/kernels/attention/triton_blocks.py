@@ -13,7 +13,7 @@ from torch import Tensor
 from tubelet.core.block_mask import BlockMask
 from tubelet.kernels.attention.call import Call
 from tubelet.kernels.attention.causal import CausalLists, places_of, spans
-from tubelet.kernels.triton_support import on_device, unavailable
+from tubelet.kernels.triton_support import on_device, power_of_two, unavailable
 
 WIDEST = 256
 """Head width beyond which a tile does not fit into shared memory."""
@@ -198,7 +198,7 @@ def _shared_steps(x: Tensor) -> list[int]:
 
 def _shapes(q: Tensor, v: Tensor, block: tuple[int, int]) -> tuple[dict[str, int], dict[str, int]]:
     widths = q.shape[3], v.shape[3]
-    padded = [max(16, 1 << (width - 1).bit_length()) for width in widths]
+    padded = [max(16, power_of_two(width)) for width in widths]
     largest = TILES[q.element_size() == 2][max(64, *padded)]
     # The largest power of two that divides the block.
     sizes = [min(most, size & -size) for most, size in zip(largest, block, strict=True)]

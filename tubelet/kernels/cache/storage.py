@@ -12,7 +12,7 @@ from torch import Tensor
 from tubelet.core.errors import ShapeError
 from tubelet.core.kv import BITS
 from tubelet.kernels.cache.packing import Quantized, quantize
-from tubelet.kernels.triton_support import on_device, unavailable
+from tubelet.kernels.triton_support import on_device, power_of_two, unavailable
 
 TILE = 64
 """Tokens that one program restores."""
@@ -104,7 +104,7 @@ class _Group:
                 BITS=codes.bits,
                 TILE=TILE,
                 D=width,
-                PD=max(16, 1 << (width - 1).bit_length()),
+                PD=max(16, power_of_two(width)),
             )
 
     def nbytes(self) -> int:

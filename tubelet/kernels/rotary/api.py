@@ -5,8 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tubelet.core.errors import ShapeError
-from tubelet.kernels.selection.api import takes
-from tubelet.kernels.triton_support import on_device
+from tubelet.kernels.triton_support import on_device, power_of_two, takes
 
 ROWS = 16
 """Tokens of one program, which turns all their heads by angles that it reads once."""
@@ -67,7 +66,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
             K_HEAD=k.stride(1),
             ROWS=ROWS,
             HALF=width // 2,
-            LANES=1 << (width // 2 - 1).bit_length(),
+            LANES=power_of_two(width // 2),
             **options,
         )
     return results

@@ -9,23 +9,9 @@ from torch import Tensor
 from tubelet.core.block_mask import BlockMask
 from tubelet.core.grid import TokenGrid
 from tubelet.kernels.selection import triton_selection as fused
-from tubelet.kernels.triton_support import unavailable
+from tubelet.kernels.triton_support import takes, unavailable
 from tubelet.ops.order import tile_runs
 from tubelet.ops.tools import PlainTools
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels run on these tensors: they have no backward pass and no float64."""
-    x = tensors[0]
-    if unavailable(x.device) is not None:
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    # Triton's interpreter computes bfloat16 wrongly.
-    allowed = DTYPES if x.device.type == "cuda" else (torch.float16, torch.float32)
-    return all(x.dtype in allowed for x in tensors)
 
 
 class FusedTools(PlainTools):

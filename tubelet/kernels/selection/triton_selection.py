@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tubelet.kernels.triton_support import on_device
+from tubelet.kernels.triton_support import on_device, power_of_two
 from tubelet.ops.block_score import WORKSPACE, antidiagonal_squares
 from tubelet.ops.select import other_distances
 
@@ -42,7 +42,7 @@ def means(x: Tensor, block: int, order: Tensor | None, num: int, *, unit: bool) 
     blocks = -(-num // block)
     result = x.new_empty(batch, heads, blocks, width, dtype=torch.float32)
     places = x if order is None else order[0].contiguous()
-    shape = {"UNIT": unit, "ORDERED": order is not None, "D": width, "PD": _power(width)}
+    shape = {"UNIT": unit, "ORDERED": order is not None, "D": width, "PD": power_of_two(width)}
     with on_device(x):
         if block in SMALL:
             together = 512 // block
@@ -56,7 +56,7 @@ def means(x: Tensor, block: int, order: Tensor | None, num: int, *, unit: bool) 
             kernels.block_means[(blocks * batch * heads,)](
                 *(x, places, x, result, *x.stride(), heads, num, blocks, block),
                 UNEVEN=False,
-                TILE=min(64, _power(block)),
+                TILE=min(64, power_of_two(block)),
                 **shape,
             )
     return result
@@ -75,15 +75,11 @@ def run_means(x: Tensor, starts: Tensor, order: Tensor, longest: int) -> Tensor:
             ORDERED=True,
             UNEVEN=True,
             UNIT=False,
-            TILE=min(64, _power(longest)),
+            TILE=min(64, power_of_two(longest)),
             D=width,
-            PD=_power(width),
+            PD=power_of_two(width),
         )
     return result
-
-
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 def sub_block_scores(q: Tensor, k: Tensor, scale: float, parts: tuple[int, int]) -> Tensor:
@@ -105,7 +101,7 @@ def sub_block_scores(q: Tensor, k: Tensor, scale: float, parts: tuple[int, int])
             TR=tile[0],
             TC=tile[1],
             D=width,
-            PD=max(16, _power(width)),
+            PD=max(16, power_of_two(width)),
             **({"num_warps": 8} if tile[0] == 128 and q.is_cuda else {}),
         )
     return result
@@ -136,7 +132,7 @@ def block_mass(
             TQ=tq,
             TK=tk,
             D=width,
-            PD=max(16, _power(width)),
+            PD=max(16, power_of_two(width)),
         )
     per_row = block[0] // tq
     return F.pad(result, (0, 0, 0, -tiles % per_row)).unflatten(2, (-1, per_row)).sum(3)
@@ -167,7 +163,7 @@ def antidiagonal_mass(
                 *(logits, weights, columns.shape[2], squares, groups, scale / stride * LOG2E),
                 *(part.shape[2], num, start),
                 GROUP=per_column,
-                WIDTH=max(per_column, _power(squares)),
+                WIDTH=max(per_column, power_of_two(squares)),
                 num_warps=8,
             )
     sums = F.pad(weights, (0, 0, 0, -num % per_row)).unflatten(2, (-1, per_row)).sum(3)
@@ -191,7 +187,7 @@ def above(score: Tensor, wanted: float) -> Tensor:
             kernels.keep_above[(rows,)](
                 *(score, kept.view(torch.uint8), wanted, columns),
                 BY_MASS=by_mass,
-                CHUNK=max(16, _power(columns)),
+                CHUNK=max(16, power_of_two(columns)),
             )
     return kept
 
@@ -214,7 +210,7 @@ def _above_in_long_rows(
             FIRST=number == 0,
             LAST=number == PASSES - 1,
             CHUNK=LONG,
-            SEGMENTS=_power(segments),
+            SEGMENTS=power_of_two(segments),
             num_warps=8,
         )
 
@@ -239,7 +235,7 @@ def max_min(x: Tensor, k: int, weight: Tensor | None) -> Tensor:
     weight = None if weight is None else weight.float().contiguous()
     first = (nearest if weight is None else nearest * weight).argmax(1)
     chosen = torch.zeros(batch, num, dtype=torch.bool, device=x.device)
-    width = max(16, _power(num))
+    width = max(16, power_of_two(num))
     with on_device(x):
         kernels.max_min[(batch,)](
             *(distance, distance if weight is None else weight, first, chosen.view(torch.uint8)),
@@ -265,7 +261,7 @@ def row_totals(q: Tensor, k: Tensor, places: Tensor, scale: float) -> Tensor:
             TQ=tile,
             TK=tile,
             D=width,
-            PD=max(16, _power(width)),
+            PD=max(16, power_of_two(width)),
         )
     return totals
 
@@ -292,14 +288,14 @@ def received(
             TQ=walked,
             TK=kept,
             D=width,
-            PD=max(16, _power(width)),
+            PD=max(16, power_of_two(width)),
         )
     return found
 
 
 def tile_sides(width: int, size: int) -> tuple[int, int]:
     """`KEPT` and `WALKED`, smaller where `width` numbers of `size` bytes are more than 256."""
-    more = max(1, _power(width) * size // 256)
+    more = max(1, power_of_two(width) * size // 256)
     return KEPT // more, WALKED // more
 
 
@@ -318,6 +314,6 @@ def lists(kept: Tensor) -> tuple[Tensor, Tensor]:
     with on_device(kept):
         kernels.lists[(counts.numel(),)](
             *(kept.view(torch.uint8), counts, indices, columns),
-            CHUNK=min(2048, max(16, _power(columns))),
+            CHUNK=min(2048, max(16, power_of_two(columns))),
         )
     return counts, indices
